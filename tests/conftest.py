@@ -1,0 +1,135 @@
+"""Shared fixtures: a tokenizer built in memory, tiny random models, folders of both.
+
+Nothing here touches a network: the hub is switched off before any library reads the
+environment; tests of hub loading start a subprocess with a loopback `HF_ENDPOINT`.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("HF_ENDPOINT", None)
+
+import pytest
+
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma", "mistral")
+PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SENTENCES = [
+    "Mila lives in the old mill by the river and bakes bread in the morning.",
+    "What does Otto like to eat? Otto likes pancakes with honey.",
+    "Below is an instruction that describes a task. Write a response.",
+    "小城里有一条河，米拉住在河边的磨坊里。",
+    "What is three plus four? Three plus four is seven.",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """One thread each: spinning workers of several processes slow each other tenfold."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def build_tokenizer(pad_token=PAD, eos_token=END, chat=True):
+    """Byte-level BPE of about 400 entries: any text, English or Chinese, round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[PAD, END, SYSTEM, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad_token, eos_token=eos_token, padding_side="right"
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_config(arch, vocab_size=448, pad_token_id=0, eos_token_id=1):
+    """A configuration of two layers and hidden size 64; grouped keys where usual."""
+    import transformers as tf
+
+    ids = dict(pad_token_id=pad_token_id, eos_token_id=eos_token_id, bos_token_id=None)
+    if arch == "gpt2":
+        return tf.GPT2Config(
+            vocab_size=vocab_size, n_embd=64, n_layer=2, n_head=4, n_positions=256,
+            initializer_range=0.1, **ids,
+        )  # fmt: skip
+    shape = dict(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=256, initializer_range=0.1, **ids,
+    )  # fmt: skip
+    if arch == "llama":
+        return tf.LlamaConfig(**shape)
+    if arch == "qwen2":
+        return tf.Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    if arch == "gemma":
+        return tf.GemmaConfig(num_key_value_heads=1, head_dim=16, **shape)
+    if arch == "mistral":
+        return tf.MistralConfig(num_key_value_heads=2, sliding_window=None, **shape)
+    raise ValueError(f"arch: expected one of {ARCHITECTURES}, got {arch!r}")
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """Factory `make_tokenizer(pad_token=…, eos_token=…, chat=True)`; a fresh one each call."""
+    return build_tokenizer
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """A fresh tokenizer with pad, end and chat tokens and a chat template."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Factory `tiny_model(arch="llama", seed=0)`: a fresh random float32 model in eval mode."""
+
+    def make(arch="llama", seed=0):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        # 448 rows for 400 entries: published models pad their embedding, too.
+        config = build_config(arch)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory):
+    """Factory `tiny_folder(arch="llama", seed=0)`: a new folder with model and tokenizer."""
+
+    def make(arch="llama", seed=0):
+        folder = tmp_path_factory.mktemp(arch)
+        tiny_model(arch, seed).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request):
+    """Runs a test once for each of the five architectures."""
+    return request.param
