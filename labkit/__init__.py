@@ -1,0 +1,7 @@
+"""labkit: the thin package behind the laboratory notebooks.
+
+Data flows one way: data, model, technique, training, evaluation, record. Nothing heavy is
+imported here, so that `import labkit` stays fast; import the module you need.
+"""
+
+__version__ = "0.1.0"
