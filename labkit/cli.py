@@ -1,0 +1,223 @@
+"""The command line: list, run, report; refresh and check for those who write notebooks.
+
+Everything that can be refused is refused before a kernel starts, in one line, with exit
+status 2; a notebook that fails while running gives its own error and status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from labkit import notebooks, tracking
+
+app = typer.Typer(
+    help="Run the laboratory notebooks and look at what they recorded.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="02_lora, lora or 02")]
+All = Annotated[bool, typer.Option("--all", help="all notebooks")]
+
+
+def main() -> None:
+    """Entry point: expected errors become one line on stderr and exit status 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.filename}: {text}"
+        typer.echo(f"labkit: {text}", err=True)
+        raise SystemExit(2) from None
+
+
+@app.command("list")
+def list_notebooks() -> None:
+    """Name, time and memory on two CPU cores, and question of every notebook."""
+    found = notebooks.available()
+    width = max((len(n.name) for n in found), default=0)
+    for n in found:
+        cost = f"{_or_dash(n.seconds_cpu):>4} s {_or_dash(n.memory_mb):>5} MB"
+        typer.echo(f"{n.name:<{width}}  {cost}  {n.question or n.title}")
+
+
+@app.command()
+def run(
+    names: Names = None,
+    parameter: Annotated[
+        list[tuple[str, str]] | None,
+        typer.Option("-p", "--parameter", metavar="KEY VALUE", help="set a parameter"),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="YAML file of parameters")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="notebooks/params/PROFILE.yaml: cpu or gpu")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="put runs/ into this folder, not into the project's")
+    ] = None,
+    all_: All = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="after a failure, run the others too")
+    ] = False,
+) -> None:
+    """Run notebooks headless. Parameters: the profile, then the file, then -p; the last wins."""
+    plans = []
+    for path in _chosen(names, all_):
+        values = _profile(profile, path) if profile else {}
+        values |= _yaml(file, "-f") if file else {}
+        values |= dict(parameter or [])
+        plans.append((path, notebooks.validate(values, path)))
+    failed = []
+    for path, values in plans:
+        if not _run_one(path, values, output):
+            failed.append(path.stem)
+            if not keep_going:
+                break
+    if failed:
+        typer.echo(f"labkit: failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    root: Annotated[
+        Path | None, typer.Argument(help="the folder that holds runs/, by default the project's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the page, by default runs/report.html")] = None,
+) -> None:
+    """Make one HTML page of all recorded runs: a table, the curves, the claims."""
+    typer.echo(_short(tracking.report(root, out)))
+
+
+@app.command()
+def refresh(names: Names = None, all_: All = False) -> None:
+    """Execute committed notebooks in place and clean them of what a run leaves behind."""
+    for path in _chosen(names, all_):
+        began = time.perf_counter()
+        try:
+            notebooks.execute(path, path, cwd=path.resolve().parent, progress=_Line(path.stem))
+        except Exception as error:
+            typer.echo(f"labkit: {_failure(path.stem, error)}", err=True)
+            raise typer.Exit(1) from error
+        typer.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
+
+
+@app.command()
+def check(names: Names = None) -> None:
+    """Check committed notebooks (all, without a name) against the notebook contract."""
+    paths = _chosen(names, all_=not names)
+    problems = [f"{path.stem}: {problem}" for path in paths for problem in notebooks.check(path)]
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{len(paths)} notebooks keep the contract")
+
+
+class _Line:
+    """One updating line on a terminal; elsewhere one line for each section."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._began, self._last = name, time.perf_counter(), ""
+
+    def __call__(self, done: int, total: int, heading: str) -> None:
+        seconds = time.perf_counter() - self._began
+        text = f"{self._name}: cell {done + 1}/{total} · {seconds:.0f} s · {heading}"
+        if sys.stderr.isatty():
+            end = "\r" if done + 1 < total else "\n"
+            typer.echo(f"\r\x1b[K{text[:100]}{end}", nl=False, err=True)
+        elif heading != self._last:
+            typer.echo(text, err=True)
+        self._last = heading
+
+
+def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
+    folder = tracking.new_folder(path.stem, output).resolve()
+    before = os.environ.get("LABKIT_RUN_DIR")
+    os.environ["LABKIT_RUN_DIR"] = str(folder)
+    began, error = time.perf_counter(), ""
+    try:
+        notebooks.execute(path, folder / "notebook.ipynb", values, progress=_Line(path.stem))
+    except OSError:
+        raise
+    except Exception as failure:  # of the notebook or its kernel: told, recorded, status 1
+        error = _failure(path.stem, failure)
+    finally:
+        os.environ.pop("LABKIT_RUN_DIR")
+        if before is not None:
+            os.environ["LABKIT_RUN_DIR"] = before
+    tracking.close(folder, path.stem, values, "failed" if error else "finished", error)
+    if error:
+        typer.echo(f"labkit: {error}", err=True)
+    state = "failed" if error else "finished"
+    typer.echo(f"{path.stem}: {state} · {time.perf_counter() - began:.0f} s · {_short(folder)}")
+    return not error
+
+
+def _failure(name: str, error: Exception) -> str:
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
+        return f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+    return f"{name}: {type(error).__name__}: {str(error).strip() or 'the kernel stopped'}"
+
+
+def _chosen(names: list[str] | None, all_: bool) -> list[Path]:
+    if all_:
+        paths = [n.path for n in notebooks.available()]
+        if not paths:
+            raise FileNotFoundError(f"there is no notebook in {notebooks.folder()}")
+        return paths
+    if not names:
+        raise ValueError("which notebook? Give names (see `labkit list`) or --all")
+    return [notebooks.find(name) for name in names]
+
+
+def _profile(profile: str, path: Path) -> dict[str, Any]:
+    """A profile serves all notebooks, so each takes from it only the parameters that it has."""
+    folder = notebooks.folder() / "params"
+    file = folder / f"{profile}.yaml"
+    known = sorted(f.stem for f in folder.glob("*.yaml"))
+    if not file.is_file():
+        near = notebooks.nearest(profile, known)
+        raise ValueError(f"no --profile {profile!r}{near}; there are: {', '.join(known) or 'none'}")
+    mine = notebooks.parameters(path)
+    return {name: value for name, value in _yaml(file, "--profile").items() if name in mine}
+
+
+def _yaml(file: Path, option: str) -> dict[str, Any]:
+    import yaml
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{option}: there is no file {file}")
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{option} {file}: not a YAML file: {reason}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{option} {file}: expected `name: value` lines, got {values!r:.80}")
+    return values
+
+
+def _short(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _or_dash(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()
