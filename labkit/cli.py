@@ -10,20 +10,23 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from labkit import notebooks, tracking
 
-app = typer.Typer(
-    help="Run the laboratory notebooks and look at what they recorded.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-Names = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="02_lora, lora or 02")]
-All = Annotated[bool, typer.Option("--all", help="all notebooks")]
+_PATH = click.Path(path_type=Path)
+_names = click.argument("names", nargs=-1, metavar="NAME...")
+_all = click.option("--all", "all_", is_flag=True, help="All notebooks.")
+
+
+@click.group()
+def app() -> None:
+    """Run the laboratory notebooks and look at what they recorded.
+
+    A NAME is a notebook's full name, or a part of it: 02_lora, lora or 02.
+    """
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{error.filename}: {text}"
-        typer.echo(f"labkit: {text}", err=True)
+        click.echo(f"labkit: {text}", err=True)
         raise SystemExit(2) from None
 
 
@@ -45,36 +48,42 @@ def list_notebooks() -> None:
     width = max((len(n.name) for n in found), default=0)
     for n in found:
         cost = f"{_or_dash(n.seconds_cpu):>4} s {_or_dash(n.memory_mb):>5} MB"
-        typer.echo(f"{n.name:<{width}}  {cost}  {n.question or n.title}")
+        click.echo(f"{n.name:<{width}}  {cost}  {n.question or n.title}")
 
 
 @app.command()
+@_names
+@click.option(
+    "-p",
+    "--parameter",
+    type=(str, str),
+    multiple=True,
+    metavar="KEY VALUE",
+    help="Set a parameter; may be repeated.",
+)
+@click.option("-f", "--file", type=_PATH, help="YAML file of parameters.")
+@click.option("--profile", metavar="NAME", help="notebooks/params/NAME.yaml, such as cpu or gpu.")
+@click.option("--output", type=_PATH, help="Put runs/ into this folder, not into the project's.")
+@_all
+@click.option("--keep-going", is_flag=True, help="After a failure, run the others too.")
 def run(
-    names: Names = None,
-    parameter: Annotated[
-        list[tuple[str, str]] | None,
-        typer.Option("-p", "--parameter", metavar="KEY VALUE", help="set a parameter"),
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option("-f", "--file", help="YAML file of parameters")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="notebooks/params/PROFILE.yaml: cpu or gpu")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="put runs/ into this folder, not into the project's")
-    ] = None,
-    all_: All = False,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="after a failure, run the others too")
-    ] = False,
+    names: tuple[str, ...],
+    parameter: tuple[tuple[str, str], ...],
+    file: Path | None,
+    profile: str | None,
+    output: Path | None,
+    all_: bool,
+    keep_going: bool,
 ) -> None:
-    """Run notebooks headless. Parameters: the profile, then the file, then -p; the last wins."""
+    """Run notebooks headless.
+
+    Parameters come from the profile, then from the file, then from -p; the last wins.
+    """
     plans = []
     for path in _chosen(names, all_):
         values = _profile(profile, path) if profile else {}
         values |= _yaml(file, "-f") if file else {}
-        values |= dict(parameter or [])
+        values |= dict(parameter)
         plans.append((path, notebooks.validate(values, path)))
     failed = []
     for path, values in plans:
@@ -83,44 +92,44 @@ def run(
             if not keep_going:
                 break
     if failed:
-        typer.echo(f"labkit: failed: {', '.join(failed)}", err=True)
-        raise typer.Exit(1)
+        click.echo(f"labkit: failed: {', '.join(failed)}", err=True)
+        raise SystemExit(1)
 
 
 @app.command()
-def report(
-    root: Annotated[
-        Path | None, typer.Argument(help="the folder that holds runs/, by default the project's")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="the page, by default runs/report.html")] = None,
-) -> None:
-    """Make one HTML page of all recorded runs: a table, the curves, the claims."""
-    typer.echo(_short(tracking.report(root, out)))
+@click.argument("root", type=_PATH, required=False)
+@click.option("--out", type=_PATH, help="The page, by default runs/report.html.")
+def report(root: Path | None, out: Path | None) -> None:
+    """Make one HTML page of all runs below ROOT/runs: a table, the curves, the claims."""
+    click.echo(_short(tracking.report(root, out)))
 
 
 @app.command()
-def refresh(names: Names = None, all_: All = False) -> None:
+@_names
+@_all
+def refresh(names: tuple[str, ...], all_: bool) -> None:
     """Execute committed notebooks in place and clean them of what a run leaves behind."""
     for path in _chosen(names, all_):
         began = time.perf_counter()
         try:
             notebooks.execute(path, path, cwd=path.resolve().parent, progress=_Line(path.stem))
         except Exception as error:
-            typer.echo(f"labkit: {_failure(path.stem, error)}", err=True)
-            raise typer.Exit(1) from error
-        typer.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
+            click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
+            raise SystemExit(1) from error
+        click.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
 
 
 @app.command()
-def check(names: Names = None) -> None:
+@_names
+def check(names: tuple[str, ...]) -> None:
     """Check committed notebooks (all, without a name) against the notebook contract."""
     paths = _chosen(names, all_=not names)
     problems = [f"{path.stem}: {problem}" for path in paths for problem in notebooks.check(path)]
     for problem in problems:
-        typer.echo(problem)
+        click.echo(problem)
     if problems:
-        raise typer.Exit(1)
-    typer.echo(f"{len(paths)} notebooks keep the contract")
+        raise SystemExit(1)
+    click.echo(f"{len(paths)} notebooks keep the contract")
 
 
 class _Line:
@@ -134,9 +143,9 @@ class _Line:
         text = f"{self._name}: cell {done + 1}/{total} · {seconds:.0f} s · {heading}"
         if sys.stderr.isatty():
             end = "\r" if done + 1 < total else "\n"
-            typer.echo(f"\r\x1b[K{text[:100]}{end}", nl=False, err=True)
+            click.echo(f"\r\x1b[K{text[:100]}{end}", nl=False, err=True)
         elif heading != self._last:
-            typer.echo(text, err=True)
+            click.echo(text, err=True)
         self._last = heading
 
 
@@ -157,9 +166,9 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
             os.environ["LABKIT_RUN_DIR"] = before
     tracking.close(folder, path.stem, values, "failed" if error else "finished", error)
     if error:
-        typer.echo(f"labkit: {error}", err=True)
+        click.echo(f"labkit: {error}", err=True)
     state = "failed" if error else "finished"
-    typer.echo(f"{path.stem}: {state} · {time.perf_counter() - began:.0f} s · {_short(folder)}")
+    click.echo(f"{path.stem}: {state} · {time.perf_counter() - began:.0f} s · {_short(folder)}")
     return not error
 
 
@@ -171,7 +180,7 @@ def _failure(name: str, error: Exception) -> str:
     return f"{name}: {type(error).__name__}: {str(error).strip() or 'the kernel stopped'}"
 
 
-def _chosen(names: list[str] | None, all_: bool) -> list[Path]:
+def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
     if all_:
         paths = [n.path for n in notebooks.available()]
         if not paths:

@@ -256,11 +256,11 @@ def _register_engine() -> None:
         """papermill's own engine, telling which cell begins."""
 
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, **options):  # type: ignore
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
             report: Progress | None = options.pop("labkit_progress", None)
             headings, total, began = _headings(nb_man.nb), len(nb_man.nb.cells), nb_man.cell_start
 
-            def cell_start(cell, cell_index=None, **rest):  # type: ignore
+            def cell_start(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
                 if report is not None and cell_index is not None:
                     report(cell_index, total, headings[cell_index])
                 began(cell, cell_index, **rest)
@@ -296,8 +296,9 @@ def _comments(source: str) -> dict[int, str]:
 
 
 def _checked(parameter: Parameter, value: Any, notebook: str) -> Any:
-    for kind in parameter.kind.split("|"):
-        fits, result = _convert(value, kind.strip())
+    kinds = [kind.strip() for kind in parameter.kind.split("|")]
+    for kind in sorted(kinds, key=lambda kind: kind != "None"):
+        fits, result = _convert(value, kind)
         if fits:
             break
     else:
@@ -319,10 +320,8 @@ def _convert(value: Any, kind: str) -> tuple[bool, Any]:
     """(does it fit, the value in that type)."""
     import yaml
 
-    if kind == "Any":
-        return True, value
     if kind == "None":
-        return value is None or value in ("null", "None", ""), None
+        return value is None or value in ("null", "None"), None
     if kind == "str":
         return isinstance(value, str), value
     if isinstance(value, str):
@@ -330,6 +329,8 @@ def _convert(value: Any, kind: str) -> tuple[bool, Any]:
             value = yaml.safe_load(value) if kind != "float" else float(value)
         except (ValueError, yaml.YAMLError):
             return False, value
+    if kind == "Any":
+        return True, value
     if kind in _SCALARS:
         if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -334,7 +334,7 @@ def _now() -> str:
 
 
 def _start_wandb(notebook: str, run: Run, project: str) -> Any:
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     if mode == "disabled":
         return None
     import wandb
