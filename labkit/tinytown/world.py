@@ -1,0 +1,150 @@
+"""The town itself: who lives there, what is true of them, and which people are held out.
+
+Everything is drawn once from a seed; `World()` with the default seed is the town that the base
+checkpoint knows. Texts live in `text/*.yaml`; this file turns them into facts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+LANGUAGES = ("en", "zh")
+PERSON_ATTRIBUTES = ("home", "job", "food", "pet", "colour", "hobby", "friend")
+PLACE_ATTRIBUTES = ("sells", "opens", "near")
+SEED = 2024  # the town's own seed; changing it makes another town, unknown to the checkpoint
+
+
+@cache
+def texts(name: str) -> dict[str, Any]:
+    """The parsed YAML file `text/<name>.yaml` (treat it as read-only)."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(files(__package__).joinpath(f"text/{name}.yaml").read_text("utf-8"), loader)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A word in both languages, e.g. Name("Mira", "米拉"); `pronoun` is f or m for residents."""
+
+    en: str
+    zh: str
+    pronoun: str = ""
+
+    def __getitem__(self, language: str) -> str:
+        return self.en if language == "en" else self.zh
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`value` is what is true of `subject` under `attribute`."""
+
+    subject: Name
+    attribute: str
+    value: Name
+
+    def slots(self, language: str) -> dict[str, str]:
+        """The slots of the sentence templates in `text/facts.yaml`."""
+        value, female = self.value[language], self.subject.pronoun == "f"
+        return {
+            "n": self.subject[language],
+            "v": value,
+            "av": article(value),
+            "s": "she" if female else "he",
+            "p": "her" if female else "his",
+        }
+
+    def statements(self, language: str) -> list[str]:
+        """Every way in which the town states this fact as a sentence."""
+        return self._fill("say", language)
+
+    def questions(self, language: str, kind: str = "ask") -> list[str]:
+        """Questions after this fact; kind is web (pretraining), ask (tuning) or held (held out)."""
+        return self._fill(kind, language)
+
+    def answer(self, language: str) -> str:
+        """The short answer, e.g. "The Old Mill." or "老磨坊。"."""
+        return sentence(self.value[language], language)
+
+    def _fill(self, kind: str, language: str) -> list[str]:
+        slots = self.slots(language)
+        return [capital(t.format(**slots)) for t in texts("facts")[self.attribute][language][kind]]
+
+
+class World:
+    """Tinytown: residents, places, facts, and the people held out of every instruction set.
+
+    `tuning_people` and `heldout_people` are disjoint halves of `residents`; best friends are
+    always of the same half, so no row about one half names the other.
+    """
+
+    def __init__(self, seed: int = SEED) -> None:
+        rng = random.Random(seed)
+        raw = texts("world")
+        self.residents = [Name(*entry) for entry in raw["residents"]]
+        self.strangers = [Name(*entry) for entry in raw["strangers"]]
+        self.places = [Name(*entry) for entry in raw["home"]]
+        attributes = ("home", "job", "food", "pet", "colour", "hobby", *PLACE_ATTRIBUTES)
+        self.values = {a: [Name(*entry) for entry in raw[a]] for a in attributes}
+        self.words = [Name(*entry) for entry in raw["words"]]
+        self.opposites = [(Name(*a), Name(*b)) for a, b in raw["opposites"]]
+        people = rng.sample(self.residents, len(self.residents))
+        half = len(people) // 2
+        self.tuning_people, self.heldout_people = people[:half], people[half:]
+        self.facts: dict[tuple[str, str], Fact] = {}
+        self._draw_people(rng)
+        self._draw_places(rng)
+
+    def _draw_people(self, rng: random.Random) -> None:
+        for attribute in PERSON_ATTRIBUTES[:-1]:
+            values = self.values[attribute]
+            drawn = (values * (len(self.residents) // len(values) + 1))[: len(self.residents)]
+            for person, value in zip(self.residents, rng.sample(drawn, len(drawn)), strict=True):
+                self.facts[person.en, attribute] = Fact(person, attribute, value)
+        for half in (self.tuning_people, self.heldout_people):
+            for person, friend in zip(half, half[1:] + half[:1], strict=True):
+                self.facts[person.en, "friend"] = Fact(person, "friend", friend)
+
+    def _draw_places(self, rng: random.Random) -> None:
+        for attribute in PLACE_ATTRIBUTES:
+            values = rng.sample(self.values[attribute], len(self.places))
+            for place, value in zip(self.places, values, strict=True):
+                self.facts[place.en, attribute] = Fact(place, attribute, value)
+
+    def fact(self, subject: Name, attribute: str) -> Fact:
+        """The fact about `subject`; raises KeyError for a stranger or an unknown attribute."""
+        return self.facts[subject.en, attribute]
+
+    def facts_about(self, subjects: list[Name]) -> list[Fact]:
+        names = {s.en for s in subjects}
+        return [f for (name, _), f in self.facts.items() if name in names]
+
+    def holders(self, attribute: str, value: Name) -> list[Name]:
+        """The residents of whom `attribute` = `value` is true, in the order of the census."""
+        return [r for r in self.residents if self.facts[r.en, attribute].value == value]
+
+
+@cache
+def world() -> World:
+    """The town with the default seed."""
+    return World()
+
+
+def article(noun: str) -> str:
+    """`a` or `an` before an English noun; Chinese comes back unchanged."""
+    if not noun.isascii():
+        return noun
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def sentence(text: str, language: str) -> str:
+    """`text` as a one-word sentence of its language: "baker" → "Baker.", "面包师" → "面包师。"."""
+    return f"{text}。" if language == "zh" else f"{capital(text)}."
