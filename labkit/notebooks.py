@@ -184,6 +184,7 @@ def execute(
     raises `papermill.PapermillExecutionError`.
     """
     import papermill
+    from traitlets.config import Config
 
     partial = out.with_name(f".{out.stem}.{os.getpid()}.ipynb")
     # The kernel of this environment is meant, not one of the same name elsewhere.
@@ -198,9 +199,12 @@ def execute(
             parameters=values or {},
             engine_name="labkit",
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             cwd=cwd or Path.cwd(),
             labkit_progress=progress,
+            # Other users of the machine must not read what kernel and papermill say.
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
     finally:
         if partial.exists():
