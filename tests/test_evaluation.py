@@ -1,0 +1,186 @@
+"""Evaluation: scores against models and numbers whose truth is known beforehand."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from labkit import data, evaluation
+from labkit.evaluation import Evaluation
+
+TEXTS = [
+    "Mila lives in the old mill by the river.",
+    "小城里有一条河。",
+    "What is three plus four? " * 9,
+]
+ROWS = [
+    {"prompt": "2 + 2", "completion": "4", "kind": "sum"},
+    {"prompt": "3 + 3", "completion": "6", "kind": "sum"},
+    {"prompt": "hot", "completion": "Cold.", "kind": "antonym"},
+]
+
+
+@pytest.fixture
+def uniform_model(tiny_model):
+    """Predicts every token of its vocabulary of 448 with the same probability."""
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+# ---------------------------------------------------------------- perplexity and loss
+
+
+@pytest.mark.parametrize("max_length, batch_size", [(256, 16), (8, 2), (2, 1)])
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(
+    uniform_model, tiny_tokenizer, max_length, batch_size
+):
+    got = evaluation.perplexity(
+        uniform_model, tiny_tokenizer, TEXTS, max_length=max_length, batch_size=batch_size
+    )
+    assert got == pytest.approx(448, rel=1e-5)
+
+
+def test_perplexity_equals_the_models_own_loss(tiny_model, tiny_tokenizer, arch):
+    model = tiny_model(arch)
+    ids = torch.tensor([tiny_tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.exp().item()
+    assert evaluation.perplexity(model, tiny_tokenizer, TEXTS[:1]) == pytest.approx(expected, 1e-5)
+
+
+def test_padding_and_batching_cannot_matter(tiny_model, tiny_tokenizer, arch):
+    model = tiny_model(arch)
+    together = evaluation.perplexity(model, tiny_tokenizer, TEXTS, batch_size=3)
+    alone = evaluation.perplexity(model, tiny_tokenizer, TEXTS, batch_size=1)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_windows_predict_every_token_once(tiny_model, tiny_tokenizer):
+    """Windows of two tokens see one token of context: a bigram table gives the same mean."""
+    model = tiny_model("llama")
+    ids = tiny_tokenizer(TEXTS[0])["input_ids"]
+    with torch.no_grad():
+        table = model(input_ids=torch.tensor(ids)[:, None]).logits[:, 0].log_softmax(-1)
+    steps = [-table[i, after].item() for i, after in enumerate(ids[1:])]
+    got = evaluation.perplexity(model, tiny_tokenizer, TEXTS[:1], max_length=2)
+    assert got == pytest.approx(math.exp(statistics.fmean(steps)), rel=1e-5)
+
+
+def test_perplexity_by_genre(tiny_model, tiny_tokenizer):
+    model = tiny_model("llama")
+    got = evaluation.perplexity_by(model, tiny_tokenizer, {"en": TEXTS[:1], "zh": TEXTS[1:2]})
+    assert list(got) == ["en", "zh"]
+    assert got["zh"] == evaluation.perplexity(model, tiny_tokenizer, TEXTS[1:2])
+
+
+def test_perplexity_needs_texts(uniform_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="texts: expected a list of at least one text, got none"):
+        evaluation.perplexity(uniform_model, tiny_tokenizer, [])
+    with pytest.raises(ValueError, match="got a single text"):
+        evaluation.perplexity(uniform_model, tiny_tokenizer, "Mila")
+    with pytest.raises(ValueError, match="at least two tokens"):
+        evaluation.perplexity(uniform_model, tiny_tokenizer, ["M"])
+
+
+def test_held_out_loss_counts_response_tokens_only(tiny_model, tiny_tokenizer):
+    model = tiny_model("llama").train()
+    encoded = data.encode(ROWS, tiny_tokenizer)
+    total = count = 0.0
+    for row in encoded.dataset:
+        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["completion_mask"]])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss
+        total, count = total + loss.item() * sum(row["completion_mask"]), count + mask.sum().item()
+    got = evaluation.held_out_loss(model, encoded.dataset, batch_size=2)
+    assert got == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+
+
+def test_held_out_loss_of_a_uniform_model(uniform_model, tiny_tokenizer):
+    encoded = data.encode(ROWS, tiny_tokenizer)
+    assert evaluation.held_out_loss(uniform_model, encoded.dataset) == pytest.approx(math.log(448))
+
+
+# ---------------------------------------------------------------- exact answers
+
+
+def test_score_ignores_case_spacing_and_final_stop():
+    got = evaluation.score(ROWS, [" 4 ", "７", "cold"])
+    assert got.correct == [True, False, True]
+    assert evaluation.normalize("Ａ  b。") == evaluation.normalize("a B.")
+    assert evaluation.normalize("-4") != evaluation.normalize("4")
+
+
+def test_evaluation_by_column_and_samples():
+    got = Evaluation(ROWS, ["4", "5", "cold"], [True, False, True])
+    assert got.n == 3 and got.accuracy == pytest.approx(2 / 3)
+    assert got.by("kind") == {"antonym": (1.0, 1), "sum": (0.5, 2)}
+    assert got.samples(2)[0] == {
+        "prompt": "2 + 2", "expected": "4", "response": "4", "correct": True,
+    }  # fmt: skip
+    assert len(got.samples(99)) == 3
+    assert got.interval[0] < 2 / 3 < got.interval[1] and "66.7% of 3" in repr(got)
+    with pytest.raises(ValueError, match="row 1 has no column 'colour', only prompt"):
+        got.by("colour")
+
+
+def test_exact_answers_with_the_model(tiny_model, tiny_tokenizer):
+    """The check sees each row with its own answer, in the order of the rows."""
+    seen = []
+
+    def check(row, answer):
+        seen.append((row["prompt"], answer))
+        return row["kind"] == "sum"
+
+    rows = [*ROWS, {**ROWS[0], "prompt": "a much longer question " * 4}]
+    got = evaluation.exact(
+        tiny_model("llama"), tiny_tokenizer, rows, max_new_tokens=3, batch_size=2, check=check
+    )
+    assert seen == [(r["prompt"], a) for r, a in zip(rows, got.responses, strict=True)]
+    assert got.accuracy == 0.75
+    with pytest.raises(ValueError, match="rows: expected at least one row to evaluate on"):
+        evaluation.exact(tiny_model("llama"), tiny_tokenizer, [])
+
+
+def test_exact_credits_the_answer_a_model_gives(tiny_model, tiny_tokenizer):
+    """Whatever a model says is right once it is what the rows expect."""
+    model = tiny_model("llama")
+    first = evaluation.exact(model, tiny_tokenizer, ROWS, max_new_tokens=4)
+    told = [{**r, "completion": a} for r, a in zip(ROWS, first.responses, strict=True)]
+    assert evaluation.exact(model, tiny_tokenizer, told, max_new_tokens=4).accuracy == 1.0
+
+
+# ---------------------------------------------------------------- tables and statistics
+
+
+def test_side_by_side_is_escaped():
+    row = {"prompt": "<img src=x onerror=alert(1)>", "completion": "<i>no</i>"}
+    table = evaluation.side_by_side([row] * 4, ["<script>"] * 4, ["a & b"] * 4, n=2)
+    shown = table._repr_html_()
+    assert "<img" not in shown and "<script" not in shown and "<i>" not in shown
+    assert "&lt;script&gt;" in shown and "a &amp; b" in shown and shown.count("<tr>") == 3
+    assert "after | a & b" in repr(table)
+    with pytest.raises(ValueError, match="one answer for each of 1 rows, got 2 and 1"):
+        evaluation.side_by_side([row], ["a", "b"], ["c"])
+
+
+def test_mean_std_by_hand():
+    """Of 2, 4, 6 the mean is 4 and the sample variance (4 + 0 + 4) / 2 = 4."""
+    assert evaluation.mean_std([2, 4, 6]) == (4.0, 2.0)
+    assert evaluation.mean_std([0.5]) == (0.5, 0.0)
+    with pytest.raises(ValueError, match="values"):
+        evaluation.mean_std([])
+
+
+def test_wilson_solves_its_defining_equation():
+    """Its ends are the shares p whose own standard error just reaches the observed share."""
+    for k, n in [(0, 10), (1, 10), (50, 100), (100, 100)]:
+        for p in evaluation.wilson(k, n):
+            if p not in (0.0, 1.0):
+                assert abs(k / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))
+    assert evaluation.wilson(0, 10)[0] == 0.0 and evaluation.wilson(100, 100)[1] == 1.0
+    for k, n in [(1, 0), (-1, 3), (4, 3)]:
+        with pytest.raises(ValueError, match="expected 0 ≤ k ≤ n"):
+            evaluation.wilson(k, n)
