@@ -184,3 +184,12 @@ def test_wilson_solves_its_defining_equation():
     for k, n in [(1, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError, match="expected 0 ≤ k ≤ n"):
             evaluation.wilson(k, n)
+
+
+def test_tinytown_rows_are_marked_by_tinytown():
+    """Its own completions are right by its own checker, and nonsense is wrong."""
+    rows = data.load("tinytown", limit=300)
+    got = evaluation.score(rows, [row["completion"] for row in rows])
+    assert got.n == 300 and got.accuracy == 1.0
+    assert evaluation.score(rows, ["no such answer"] * 300).accuracy == 0.0
+    assert len(got.by("task")) >= 6 and sum(n for _, n in got.by("lang").values()) == 300
