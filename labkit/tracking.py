@@ -250,6 +250,22 @@ def read_runs(root: str | Path | None = None) -> list[dict[str, Any]]:
     return runs
 
 
+def recorded(question: str) -> dict[str, Any]:
+    """Results committed as `benchmarks/results/<question>.json`, for sweeps too long to run live.
+
+    Returns hardware, versions and `runs`, one dict a point. Raises FileNotFoundError naming the
+    command that makes the file.
+    """
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / f"{question}.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file.name}: no recorded results of {question!r}; make them with "
+            f"`python benchmarks/{question}.py --json benchmarks/results/{question}.json`, "
+            "or run the notebook with recorded=False"
+        )
+    return json.loads(file.read_text("utf-8"))
+
+
 def report(root: str | Path | None = None, out: str | Path | None = None) -> Path:
     """Write one HTML page about all runs (`labkit.reporting`); returns its path."""
     from labkit import reporting

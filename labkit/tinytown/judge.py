@@ -46,7 +46,9 @@ def judge(row: Row, response: str, world: World | None = None) -> Verdict:
 
 def refuses(response: str) -> bool:
     """Whether `response` declines, in either language."""
-    openings = [texts("genres")["refusal"][x]["plain"].split(",")[0].split("，")[0] for x in LANGUAGES]
+    openings = [
+        texts("genres")["refusal"][x]["plain"].split(",")[0].split("，")[0] for x in LANGUAGES
+    ]
     seen = [s for x in LANGUAGES for s in texts("genres")["refusal"][x]["seen"]]
     return response.strip().startswith(tuple(openings)) or any(s in response for s in seen)
 
@@ -86,7 +88,9 @@ def _helpful(row: Row, response: str) -> float:
     if check(row, response):
         return 1.0
     first = sentences(response)[:1]
-    return 0.5 if first and row["task"] not in ("story", "unknown") and check(row, first[0]) else 0.0
+    return (
+        0.5 if first and row["task"] not in ("story", "unknown") and check(row, first[0]) else 0.0
+    )
 
 
 def _invents(row: Row, response: str) -> bool:

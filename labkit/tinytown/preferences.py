@@ -104,7 +104,9 @@ def _wrong(row: Row, rng: random.Random, world: World) -> str:
     if row["attribute"] and row["task"] in ("fact", "place", "unknown"):
         values = [v for v in world.values[row["attribute"]] if v[lang] not in row["completion"]]
         return capital(rng.choice(values)[lang]) + ("。" if lang == "zh" else ".")
-    for other in instruction_rows("train", 8, rng.randrange(10_000), families=[_like(row)], languages=[lang]):
+    for other in instruction_rows(
+        "train", 8, rng.randrange(10_000), families=[_like(row)], languages=[lang]
+    ):
         if other["completion"] not in row["accept"]:
             return other["completion"]
     return texts("genres")["unknown"][lang]

@@ -289,11 +289,13 @@ def check(row: Row, response: str) -> bool:
 
 def _is_list(row: Row, response: str) -> bool:
     items = [normalize(i) for i in re.split(r"[,、，\n]| and |和", response) if i.strip()]
-    return len(items) == 3 == len(set(items)) and set(items) <= {normalize(a) for a in row["accept"]}
+    return len(items) == 3 == len(set(items)) and set(items) <= {
+        normalize(a) for a in row["accept"]
+    }
 
 
 def _is_story(row: Row, response: str) -> bool:
-    sentences = [s for s in re.split(r"[.。!！?？]", response) if s.strip("”\" ")]
+    sentences = [s for s in re.split(r"[.。!！?？]", response) if s.strip('”" ')]
     closed = response.strip().endswith((".", "。", "!", "！", '"', "”"))
     named = all(name in response for name in row["accept"])
     return closed and named and 3 <= len(sentences) <= 8 and len(set(sentences)) == len(sentences)
