@@ -1,0 +1,292 @@
+"""How fast labkit fine-tunes on a CPU, beside what a user would run instead.
+
+Arms, interleaved on the same encoded rows and the same first weights, one epoch a round:
+
+    stock           TRL's SFTTrainer with its defaults
+    tuned           the same without gradient checkpointing, grouped by length (its own flags)
+    labkit          labkit.training.sft with its defaults
+    labkit_compiled the same with compile=True (`--compiled`)
+    bare            a loop without a trainer: batches made beforehand, compiled (the limit)
+
+Each step has 32 rows in every arm. Times are of the steps after warm-up, so compiling is
+not in them (it is reported beside them), in microseconds a token, padding not counted.
+Ratios are medians over rounds; the loss curves and the losses on held-out rows show that
+all arms learn the same. Needs a quiet machine: `python benchmarks/sft_cpu.py --json out.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, models
+from trl import SFTConfig, SFTTrainer
+
+from labkit.batching import Collator, LengthSampler, Rows
+from labkit.training import TrainConfig, sft
+
+PAD, END, FIRST = 0, 1, 2
+BATCH, RATE, WARM = 32, 1e-3, 5
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="steps of a round, warm-up included")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
+    parser.add_argument("--model", help="folder of a causal LM; default: a random 4 M Llama")
+    parser.add_argument("--compiled", action="store_true", help="also labkit with compile=True")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    return parser.parse_args()
+
+
+def build_model(folder: str | None):
+    if folder:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=512, pad_token_id=PAD, eos_token_id=END,
+        bos_token_id=None,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def build_tokenizer(vocab_size: int):
+    """Only its special tokens are used: the rows are made of ids."""
+    vocab = {"<pad>": PAD, "<end>": END} | {f"w{i}": i for i in range(FIRST, vocab_size)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>"
+    )
+
+
+def build_rows(count: int, vocab_size: int, seed: int) -> datasets.Dataset:
+    """Rows of mean length 37, 55 % of it response, that follow a rule and so can be learned.
+
+    Words follow each other in few ways, and are drawn like words, a few of them often.
+    """
+    random = np.random.default_rng(seed)
+    words = np.random.default_rng(0).integers(FIRST, vocab_size, size=(200, 4))
+    columns: dict[str, list] = {"input_ids": [], "completion_mask": []}
+    for _ in range(count):
+        length = int(np.clip(random.lognormal(np.log(33), 0.5), 8, 128))
+        state, ids = int(random.integers(200)), []
+        for _ in range(length - 1):
+            ids.append(int(words[state, random.choice(4, p=[0.7, 0.2, 0.07, 0.03])]))
+            state = ids[-1] % 200
+        prompt = round(length * 0.45)
+        columns["input_ids"].append([*ids, END])
+        columns["completion_mask"].append([0] * prompt + [1] * (length - prompt))
+    return datasets.Dataset.from_dict(columns)
+
+
+class Clock(transformers.TrainerCallback):
+    """Times of the steps of one of TRL's trainers, and the tokens of its batches."""
+
+    def __init__(self, collator) -> None:
+        self.collator, self.tokens, self.times = collator, [], []
+
+    def __call__(self, rows):
+        batch = self.collator(rows)
+        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        return batch
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.times.append(time.perf_counter())
+
+    def microseconds(self) -> float:
+        steps = len(self.times)
+        return (self.times[-1] - self.times[WARM - 1]) / sum(self.tokens[WARM:steps]) * 1e6
+
+
+def trl_arm(model, tokenizer, rows, tuned: bool):
+    flags = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder, use_cpu=True, report_to="none", save_strategy="no", seed=0,
+            per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE,
+            warmup_steps=0.1, weight_decay=0.01, lr_scheduler_type="cosine", logging_steps=10,
+            disable_tqdm=True, completion_only_loss=True, **(flags if tuned else {}),
+        )  # fmt: skip
+        trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        trainer.remove_callback(transformers.PrinterCallback)
+        clock = Clock(trainer.data_collator)
+        trainer.data_collator = clock
+        trainer.add_callback(clock)
+        trainer.train()
+    curve = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
+    return clock.microseconds(), curve
+
+
+def labkit_arm(model, tokenizer, rows, compiled: bool):
+    config = TrainConfig(learning_rate=RATE, batch_size=BATCH, compile=compiled)
+    history = sft(model, tokenizer, rows, config, progress=False).history
+    ends = [entry["seconds"] for entry in history]
+    spans = np.diff(ends)[WARM - 1 :]
+    tokens = sum(e["tokens_per_second"] * s for e, s in zip(history[WARM:], spans, strict=True))
+    losses = [entry["loss"] for entry in history]
+    means = [(i + 10, float(np.mean(losses[i : i + 10]))) for i in range(0, len(losses) - 9, 10)]
+    return spans.sum() / tokens * 1e6, means
+
+
+def bare_arm(model, batches):
+    """The least that training needs: compiled forward, response-only loss, fused optimizer."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, -(-len(batches) // 10), len(batches)
+    )
+    model.train()
+    losses, times = [], []
+    for batch in batches:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.model(input_ids=batch["input_ids"], use_cache=False)[0]
+            logits = model.lm_head(hidden.flatten(0, 1)[batch["positions"]])
+        loss = F.cross_entropy(logits.float(), batch["shift_labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        times.append(time.perf_counter())
+    tokens = sum(batch["tokens"] for batch in batches[WARM:])
+    means = [(i + 10, float(sum(losses[i : i + 10]) / 10)) for i in range(0, len(losses) - 9, 10)]
+    return (times[-1] - times[WARM - 1]) / tokens * 1e6, means
+
+
+def bare_batches(rows: datasets.Dataset) -> list[dict]:
+    held, collate = Rows(rows), Collator(PAD)
+    order = list(LengthSampler(held.lengths, BATCH, seed=0))
+    return [collate([held[i] for i in order[s : s + BATCH]]) for s in range(0, len(order), BATCH)]
+
+
+@torch.no_grad()
+def held_out(model, rows: datasets.Dataset) -> float:
+    """Mean loss a response token, by the model's own loss, one row at a time."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["completion_mask"]])
+        n = int(mask[:, 1:].sum())
+        total += float(model(ids, labels=ids.masked_fill(mask == 0, -100)).loss) * n
+        count += n
+    return total / count
+
+
+def run(options: argparse.Namespace) -> dict:
+    first = build_model(options.model).eval()
+    vocab_size = first.config.vocab_size
+    tokenizer = build_tokenizer(vocab_size)
+    rows = build_rows(options.steps * BATCH, vocab_size, seed=1)
+    unseen = build_rows(200, vocab_size, seed=2)
+    batches = bare_batches(rows)
+    arms = {
+        "stock": lambda m: trl_arm(m, tokenizer, rows, tuned=False),
+        "tuned": lambda m: trl_arm(m, tokenizer, rows, tuned=True),
+        "labkit": lambda m: labkit_arm(m, tokenizer, rows, compiled=False),
+        "bare": lambda m: bare_arm(m, batches),
+    }
+    if options.compiled:
+        arms["labkit_compiled"] = lambda m: labkit_arm(m, tokenizer, rows, compiled=True)
+    model_of = {name: copy.deepcopy(first) for name in arms}
+    model_of["bare"].model.compile(dynamic=True)
+    result: dict = {"times": {n: [] for n in arms}, "curves": {}, "held_out": {}, "seconds": {}}
+    for number in range(options.rounds):
+        for name in sorted(arms, key=lambda n: (list(arms).index(n) + number) % len(arms)):
+            if name in ("stock", "tuned"):  # TRL leaves marks on a model that change the next run
+                model_of[name] = copy.deepcopy(first)
+            model = model_of[name]
+            model.load_state_dict(first.state_dict())
+            start = time.perf_counter()
+            micros, curve = arms[name](model)
+            spent = time.perf_counter() - start
+            result["times"][name].append(micros)
+            result["curves"][name] = curve
+            result["seconds"].setdefault(name, []).append(spent)
+            print(f"round {number + 1} {name:16}{micros:7.0f} µs/token   {spent:5.1f} s in all")
+    for name, model in model_of.items():
+        plain = copy.deepcopy(first)
+        plain.load_state_dict(model.state_dict())
+        result["held_out"][name] = held_out(plain, unseen)
+    return result
+
+
+def ratio(result: dict, above: str, below: str) -> float:
+    pairs = zip(result["times"][above], result["times"][below], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def summarize(result: dict) -> dict:
+    result["stock_over_labkit"] = ratio(result, "stock", "labkit")
+    result["tuned_over_labkit"] = ratio(result, "tuned", "labkit")
+    result["labkit_over_bare"] = ratio(result, "labkit", "bare")
+    if "labkit_compiled" in result["times"]:
+        result["stock_over_labkit_compiled"] = ratio(result, "stock", "labkit_compiled")
+        result["tuned_over_labkit_compiled"] = ratio(result, "tuned", "labkit_compiled")
+        result["labkit_compiled_over_bare"] = ratio(result, "labkit_compiled", "bare")
+    losses = result["held_out"].values()
+    result["held_out_spread"] = (max(losses) - min(losses)) / min(losses)
+    result["equal_loss"] = result["held_out_spread"] < 0.03
+    packages = ("torch", "transformers", "trl", "peft", "accelerate")
+    result["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    result["hardware"] = {
+        "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+    return result
+
+
+def show(result: dict) -> None:
+    print(f"\n{'arm':16} µs/token (median)   first round in all   held-out loss   loss by step")
+    for name, times in result["times"].items():
+        curve = " ".join(f"{step}:{loss:.2f}" for step, loss in result["curves"][name])
+        print(
+            f"{name:16}{statistics.median(times):18.0f}{result['seconds'][name][0]:19.1f} s"
+            f"{result['held_out'][name]:16.3f}   {curve}"
+        )
+    for key, goal in (
+        ("stock_over_labkit", "≥ 2.7"), ("tuned_over_labkit", "≥ 1.6"), ("labkit_over_bare", "≤ 1.2"),
+        ("stock_over_labkit_compiled", ""), ("tuned_over_labkit_compiled", ""),
+        ("labkit_compiled_over_bare", ""),
+    ):  # fmt: skip
+        if key in result:
+            print(f"{key:28}{result[key]:6.2f}   {goal}")
+    verdict = "equal" if result["equal_loss"] else "NOT equal"
+    print(
+        f"loss curves {verdict}: held-out losses differ by {result['held_out_spread']:.1%} at most"
+    )
+
+
+def main() -> None:
+    options = parse()
+    if options.steps <= WARM:
+        raise SystemExit(f"--steps: expected more than the {WARM} of the warm-up")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result = summarize(run(options))
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
