@@ -4,7 +4,9 @@ Nothing here touches a network: the hub is switched off before any library reads
 environment; tests of hub loading start a subprocess with a loopback `HF_ENDPOINT`.
 """
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -14,6 +16,7 @@ os.environ.pop("HF_ENDPOINT", None)
 
 import pytest
 
+HERE = Path(__file__).parent
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma", "mistral")
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -133,3 +136,12 @@ def tiny_folder(tiny_model, tmp_path_factory):
 def arch(request):
     """Runs a test once for each of the five architectures."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """The class `HubServer(folder, fault=None)` of hub_server.py: a hub on loopback."""
+    spec = importlib.util.spec_from_file_location("hub_server", HERE / "hub_server.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.HubServer
