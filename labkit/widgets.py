@@ -1,0 +1,88 @@
+"""What a notebook lets its reader turn: instant calculators, no training behind them.
+
+Each is a pure function that computes, so that it can be tested and printed where no widget
+runs, and a function that puts sliders in front of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+TARGETS = ("q, v", "q, k, v, o", "all linear layers")
+MLP_RATIO = 11008 / 4096  # of Llama-2-7B: the width inside its MLP, in hidden widths
+
+
+@dataclass(frozen=True)
+class LoraCost:
+    """Parameters of a LoRA adapter and of the model below it; file sizes in bytes."""
+
+    trainable: int
+    base: int
+
+    @property
+    def share(self) -> float:
+        """Of all parameters, adapter included, as PEFT prints it (0–1)."""
+        return self.trainable / (self.base + self.trainable)
+
+    def file_bytes(self, bytes_each: int = 4) -> int:
+        """The adapter's numbers on disk, without the file's header: 4 bytes each in float32."""
+        return bytes_each * self.trainable
+
+
+def lora_cost(
+    rank: int, width: int, layers: int, targets: str = "q, v", *, vocabulary: int = 32_000
+) -> LoraCost:
+    """LoRA on a model shaped like Llama 2: hidden `width`, MLP 2.69 times as wide, untied head.
+
+    A layer that maps k numbers to d gets rank · (d + k) parameters.
+    """
+    for name, value in {"rank": rank, "width": width, "layers": layers}.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if targets not in TARGETS:
+        raise ValueError(
+            f"targets: expected one of {', '.join(map(repr, TARGETS))}, got {targets!r}"
+        )
+    inner = round(MLP_RATIO * width)
+    attention, mlp = [(width, width)] * 4, [(width, inner)] * 3
+    shapes = {"q, v": attention[:2], "q, k, v, o": attention}.get(targets, attention + mlp)
+    norms = (2 * layers + 1) * width
+    base = layers * sum(d * k for d, k in attention + mlp) + 2 * vocabulary * width + norms
+    return LoraCost(layers * sum(rank * (d + k) for d, k in shapes), base)
+
+
+def lora_row(rank: int, width: int, layers: int, targets: str) -> dict[str, str]:
+    """`lora_cost` as a row of a table, in units that people read."""
+    cost = lora_cost(rank, width, layers, targets)
+    return {
+        "rank": str(rank),
+        "width": f"{width:,}",
+        "layers": str(layers),
+        "targets": targets,
+        "base parameters": f"{cost.base:,}",
+        "trainable": f"{cost.trainable:,}",
+        "share": f"{cost.share:.4%}",
+        "file, float32": f"{cost.file_bytes() / 1e6:,.1f} MB",
+        "file, bfloat16": f"{cost.file_bytes(2) / 1e6:,.1f} MB",
+    }
+
+
+def lora_calculator(rank: int = 8, width: int = 4096, layers: int = 32) -> Any:
+    """Sliders for rank, width, depth and targets above the row that they give."""
+    import ipywidgets as w
+    from IPython.display import display
+
+    from labkit.tracking import Table
+
+    def show(rank: int, width: int, layers: int, targets: str) -> None:
+        display(Table([lora_row(rank, width, layers, targets)]))
+
+    ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, rank})
+    return w.interactive(
+        show,
+        rank=w.SelectionSlider(options=ranks, value=rank, description="rank"),
+        width=w.IntSlider(value=width, min=256, max=8192, step=256, description="width"),
+        layers=w.IntSlider(value=layers, min=2, max=80, description="layers"),
+        targets=w.Dropdown(options=TARGETS, description="targets"),
+    )
