@@ -1,10 +1,13 @@
-"""Encoded rows as batches: held in flat arrays, grouped by length, padded on the right.
+"""Encoded rows as batches: held in flat arrays, shuffled, cut so that little is padded.
 
 Padding costs as much as text, and reading rows one by one out of a dataset costs more than
-collating them. So the rows are taken out once, neighbours in length share a batch, and a
-batch already names the positions whose next token is part of a response: the loss then
-needs no other. In a causal model no token sees what follows it, so padding on the right
-needs no attention mask. Preparing text is `data.encode`; the loss is in `training`.
+collating them. So the rows are taken out once, and a batch already names the positions whose
+next token is part of a response. Grouping rows of similar length over many batches would
+avoid padding, too, but such batches teach less: on the benchmark's rows the held-out loss
+after 90 steps was 2.35 instead of 2.05. Here a batch is any random rows; on a CPU it is
+sorted and cut into parts, each padded by itself, whose losses add up to the batch's. In a
+causal model no token sees what follows it, so padding on the right needs no attention mask.
+Preparing text is `data.encode`; the loss is in `speed`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-POOL = 64  # batches that are sorted by length together
+PART = 60  # tokens that take as long as one more part does
 
 
 class Rows(torch.utils.data.Dataset):
@@ -67,71 +70,99 @@ def _flat(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     return values[offsets[0] : offsets[-1]].astype(np.int64), offsets - offsets[0]
 
 
-class LengthSampler(torch.utils.data.Sampler):
-    """Row numbers such that each `batch_size` in a row are of similar length.
+class Shuffled(torch.utils.data.Sampler):
+    """Row numbers in an order that depends on the seed and the epoch only.
 
-    Rows are shuffled, sorted within pools of 64 batches, and the batches shuffled again; the
-    order depends on the seed and the epoch only, so that a resumed run meets the same batches.
+    A run that is resumed so meets the batches that it would have met.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
-        full = len(order) // self.batch_size * self.batch_size
-        rows, rest = order[:full], order[full:]
-        size = POOL * self.batch_size
-        pools = [rows[i : i + size] for i in range(0, full, size)]
-        ordered = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
-        batches = np.concatenate([*ordered, rest[:0]]).reshape(-1, self.batch_size)
-        random.shuffle(batches)
-        return iter([*batches.ravel().tolist(), *rest.tolist()])
+        return iter(random.permutation(self.count).tolist())
+
+
+def cuts(lengths: np.ndarray) -> list[int]:
+    """Where to cut rows sorted by length, so that padded tokens and `PART` a part cost least.
+
+    Gives the ends of the parts; the last is the number of rows. Exact, by dynamic programming.
+    """
+    count = len(lengths)
+    cost: np.ndarray = np.zeros(count + 1)
+    start: np.ndarray = np.zeros(count + 1, dtype=int)
+    for end in range(1, count + 1):
+        options = cost[:end] + (end - np.arange(end)) * lengths[end - 1] + PART
+        start[end] = options.argmin()
+        cost[end] = options[start[end]]
+    ends = [count]
+    while start[ends[-1]]:
+        ends.append(int(start[ends[-1]]))
+    return ends[::-1]
 
 
 class Collator:
     """Rows -> tensors of a batch.
 
-    Gives `input_ids` (B, T), padded on the right; `positions` (N,), the flat indices into
-    B·T whose next token is a response token; `shift_labels` (N,), those tokens; `tokens`, the
-    count without padding. With `packing` all rows lie end to end in one, (1, ΣT), kept apart
-    by their `position_ids`, so there is no padding at all.
+    Gives `parts`, one or more if `cut`, each with `input_ids` (B, T), padded on the right,
+    `positions` (N,), the flat indices into B·T whose next token is a response token, and
+    `targets` (N,), those tokens; `shift_labels`, the targets of all parts; `tokens`, the count
+    without padding. With `packing` all rows lie end to end in one, (1, ΣT), kept apart by
+    their `position_ids`, so there is no padding at all.
     """
 
-    def __init__(self, pad_id: int, packing: bool = False) -> None:
-        self.pad_id, self.packing = pad_id, packing
+    def __init__(self, pad_id: int, packing: bool = False, cut: bool = False) -> None:
+        self.pad_id, self.packing, self.cut = pad_id, packing, cut
 
     def __call__(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
-        lengths = [len(ids) for ids, _ in rows]
         if self.packing:
-            ids = np.concatenate([ids for ids, _ in rows])[None]
-            mask = np.concatenate([_without_first(mask) for _, mask in rows])[None]
+            parts = [_packed(rows)]
+        elif self.cut:
+            rows = sorted(rows, key=lambda row: len(row[0]))
+            ends = cuts(np.array([len(ids) for ids, _ in rows]))
+            starts = [0, *ends[:-1]]
+            parts = [self._padded(rows[s:e]) for s, e in zip(starts, ends, strict=True)]
         else:
-            ids = np.full((len(rows), max(lengths)), self.pad_id, dtype=np.int64)
-            mask = np.zeros(ids.shape, dtype=bool)
-            for i, (row_ids, row_mask) in enumerate(rows):
-                ids[i, : lengths[i]] = row_ids
-                mask[i, 1 : lengths[i]] = row_mask[1:]
-        learned = np.flatnonzero(mask)
-        targets = torch.from_numpy(ids.ravel()[learned])
-        batch = {
-            "input_ids": torch.from_numpy(ids),
-            "positions": torch.from_numpy(learned - 1),
+            parts = [self._padded(rows)]
+        targets = torch.cat([part["targets"] for part in parts])
+        return {
+            "parts": parts,
             "shift_labels": targets,
             "labels": targets,  # Trainer counts shift_labels only where there are labels
-            "tokens": sum(lengths),
+            "tokens": sum(len(ids) for ids, _ in rows),
         }
-        if self.packing:
-            places = np.concatenate([np.arange(n) for n in lengths])[None]
-            batch["position_ids"] = torch.from_numpy(places)
-        return batch
+
+    def _padded(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+        longest = max(len(ids) for ids, _ in rows)
+        ids: np.ndarray = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
+        mask: np.ndarray = np.zeros(ids.shape, dtype=bool)
+        for i, (row_ids, row_mask) in enumerate(rows):
+            ids[i, : len(row_ids)] = row_ids
+            mask[i, 1 : len(row_ids)] = row_mask[1:]
+        return _part(ids, mask)
+
+
+def _packed(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    ids = np.concatenate([ids for ids, _ in rows])[None]
+    mask = np.concatenate([_without_first(mask) for _, mask in rows])[None]
+    places = np.concatenate([np.arange(len(ids)) for ids, _ in rows])[None]
+    return _part(ids, mask) | {"position_ids": torch.from_numpy(places)}
+
+
+def _part(ids: np.ndarray, mask: np.ndarray) -> dict:
+    learned = np.flatnonzero(mask)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "positions": torch.from_numpy(learned - 1),
+        "targets": torch.from_numpy(ids.ravel()[learned]),
+    }
 
 
 def _without_first(mask: np.ndarray) -> np.ndarray:

@@ -20,15 +20,19 @@ from transformers.masking_utils import sdpa_mask
 COMPILE_SECONDS, COMPILE_GAIN = 60, 0.1  # what compiling costs at most and saves at least
 
 
-def response_loss(model, inputs: dict, fused: bool = False) -> torch.Tensor:
+def response_loss(model, batch: dict, fused: bool = False) -> torch.Tensor:
     """Sum of -log p over the response tokens of a batch of `batching.Collator`, in nats.
 
-    The model runs as usual, wrapped or not; only what enters its output head is narrowed
-    from (B, T, hidden) to (N, hidden), so whatever the model does to its logits still holds.
     With `fused`, the head that TRL's trainer puts on the model computes it in tiles, which
     keeps a large vocabulary out of a GPU's memory and wastes time on a CPU.
     """
-    ids, positions, targets = (inputs[k] for k in ("input_ids", "positions", "shift_labels"))
+    return torch.stack([_part_loss(model, part, fused) for part in batch["parts"]]).sum()
+
+
+def _part_loss(model, inputs: dict, fused: bool) -> torch.Tensor:
+    # The model runs as usual, wrapped or not; only what enters its output head is narrowed
+    # from (B, T, hidden) to (N, hidden), so whatever it does to its logits still holds.
+    ids, positions, targets = (inputs[k] for k in ("input_ids", "positions", "targets"))
     forward = {"input_ids": ids, "use_cache": False}
     if "position_ids" in inputs:
         forward["position_ids"] = inputs["position_ids"]

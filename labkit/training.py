@@ -6,8 +6,8 @@ The loss is the mean negative log-likelihood of the response tokens,
 
 the same number as TRL's, computed for less: the hidden states of the N positions that
 predict a response token are picked out before the output head, so neither prompts nor
-padding cost logits. Rows of similar length share a batch, no mask is built for right padding,
-nothing is recomputed, and losses are read off the device once an entry of the history
+padding cost logits. On a CPU a batch is cut so that little is padded, with the same gradient;
+no mask is built for right padding, nothing is recomputed, and losses are read off the device once an entry of the history
 (`batching`, `speed` and `progress`).
 Preferences and rewards are not here; a technique changes the model before it comes here.
 """
@@ -32,7 +32,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
-from labkit.batching import Collator, LengthSampler, Rows
+from labkit.batching import Collator, Rows, Shuffled
 from labkit.progress import Meter, Progress, check_finite
 from labkit.speed import as_before, compiled, quicken_attention, response_loss
 
@@ -200,6 +200,8 @@ class FastSFTTrainer(SFTTrainer):
         self.extra_loss: Callable[[Any], torch.Tensor] | None = None
         self.fused = self.args.device.type == "cuda" and not _soft_prompt(model)
         self._sum, self._tokens = 0.0, 0
+        # Several passes for one gradient are for a single process: DDP expects one.
+        self.data_collator.cut = self.args.use_cpu and self.accelerator.num_processes == 1
         if self.args.bf16 and self.args.use_cpu:
             quicken_attention(model)
         for callback in (PrinterCallback, ProgressCallback):
@@ -208,7 +210,8 @@ class FastSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = inputs.pop("tokens")
         targets = num_items_in_batch or len(inputs["shift_labels"])
-        loss = response_loss(model, inputs, self.fused) / targets
+        with self.accelerator.autocast():  # around all parts, so that weights are cast once
+            loss = response_loss(model, inputs, self.fused) / targets
         if num_items_in_batch is not None:  # devices average what was divided by all tokens
             loss = loss * self.accelerator.num_processes
         self._sum, self._tokens = self._sum + loss.detach(), self._tokens + tokens
@@ -224,8 +227,7 @@ class FastSFTTrainer(SFTTrainer):
         return grad_norm
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = self.train_dataset.lengths
-        return LengthSampler(lengths, self.config.batch_size, self.config.seed)
+        return Shuffled(len(self.train_dataset), self.config.seed)
 
     def _save_checkpoint(self, model, trial):
         entry = self.meter.flush(self.state.global_step)  # raises before a bad model is kept

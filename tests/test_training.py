@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from labkit import speed
-from labkit.batching import Collator, LengthSampler, Rows
+from labkit.batching import Collator, Rows, Shuffled, cuts
 from labkit.progress import Meter
 from labkit.speed import response_loss
 from labkit.training import FastSFTTrainer, TrainConfig, sft
@@ -28,9 +28,9 @@ def copy_rows(count, seed=0, longest=8):
     return Dataset.from_dict(columns)
 
 
-def collate(dataset, packing=False):
+def collate(dataset, packing=False, cut=False):
     rows = Rows(dataset)
-    return Collator(pad_id=0, packing=packing)([rows[i] for i in range(len(rows))])
+    return Collator(pad_id=0, packing=packing, cut=cut)([rows[i] for i in range(len(rows))])
 
 
 def reference(model, dataset):
@@ -104,7 +104,10 @@ def test_fused_head_and_packing_give_the_same_loss(arch, tiny_model, tiny_tokeni
     model, dataset = tiny_model(arch), copy_rows(6)
     expected = response_loss(model, collate(dataset)).item()
     packed = collate(dataset, packing=True)
-    assert packed["input_ids"].shape == (1, sum(len(ids) for ids in dataset["input_ids"]))
+    assert packed["parts"][0]["input_ids"].shape == (
+        1,
+        sum(len(ids) for ids in dataset["input_ids"]),
+    )
     assert response_loss(model, packed).item() == pytest.approx(expected, rel=1e-5)
     make_trainer(model, tiny_tokenizer, dataset, tmp_path)  # puts TRL's head on the model
     fused = response_loss(model, collate(dataset), fused=True)
@@ -347,17 +350,42 @@ def test_progress_is_one_line_on_stderr_and_can_be_off(tiny_model, tiny_tokenize
     assert "step 3/3" not in capsys.readouterr().err
 
 
-def test_batches_group_lengths_and_hold_each_row_once():
-    lengths = np.random.default_rng(0).integers(5, 100, size=1003)
-    sampler = LengthSampler(lengths, 16, seed=0)
+def test_the_order_holds_each_row_once_and_follows_seed_and_epoch():
+    sampler = Shuffled(1003, seed=0)
     first = list(sampler)
-    assert sorted(first) == list(range(1003))
-    batches = [lengths[first[i : i + 16]] for i in range(0, 992, 16)]
-    padded = sum(16 * b.max() for b in batches) / sum(b.sum() for b in batches)
-    assert padded < 1.06
-    assert list(sampler) == first
+    assert sorted(first) == list(range(1003)) and list(Shuffled(1003, seed=0)) == first
+    assert list(Shuffled(1003, seed=1)) != first
     sampler.set_epoch(1)
     assert list(sampler) != first and sorted(sampler) == list(range(1003))
+
+
+def test_cuts_cost_no_more_than_any_other():
+    from itertools import combinations
+
+    def price(lengths, ends):
+        starts = [0, *ends[:-1]]
+        parts = zip(starts, ends, strict=True)
+        return sum((e - s) * lengths[e - 1] + 60 for s, e in parts)
+
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        lengths = np.sort(random.integers(5, 200, size=9))
+        every = [[*c, 9] for k in range(9) for c in combinations(range(1, 9), k)]
+        assert price(lengths, cuts(lengths)) == min(price(lengths, ends) for ends in every)
+
+
+def test_a_cut_batch_has_the_gradient_of_the_whole(arch, tiny_model):
+    model = tiny_model(arch)
+    random = np.random.default_rng(0)
+    ids = [random.integers(5, 400, size=n).tolist() for n in (90, 7, 40, 8, 200, 42)]
+    masks = [[0] * 3 + [1] * (len(row) - 3) for row in ids]
+    data = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+    batch = collate(data, cut=True)
+    assert len(batch["parts"]) > 1 and batch["tokens"] == sum(map(len, ids))
+    assert sum(part["input_ids"].numel() for part in batch["parts"]) < 1.1 * batch["tokens"]
+    count = len(batch["shift_labels"])
+    grads = gradients(model, response_loss(model, collate(data)) / count)
+    assert_same_gradients(gradients(model, response_loss(model, batch) / count), grads)
 
 
 @pytest.mark.parametrize(
