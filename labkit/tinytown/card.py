@@ -49,7 +49,8 @@ instruction with its response.
 
 {command}
 
-{settings} The run that finished it took {minutes} minutes. The weights are stored in bfloat16.
+{settings} The run that finished it, perhaps from a checkpoint, took {minutes} minutes. The weights
+are stored in bfloat16.
 
 ## Architecture
 
@@ -57,7 +58,7 @@ instruction with its response.
 
 ## Held-out perplexity
 
-Per token, end token included, on {genres} × 60 documents of another seed. The town's facts are
+Per token, on {genres} × 60 documents of another seed, the first token of each aside. The facts are
 the same there, as they must be; what is new is the choice and the wording, and for genres of
 few sentences (how-to, mischief, look-alikes) hardly that.
 

@@ -210,8 +210,8 @@ def kinds(world: World, rng: random.Random, lang: str) -> str:
     if roll < 0.75:
         a, b = rng.choice(world.opposites)
         return f"不{a[lang]}就是{b[lang]}。" if lang == "zh" else f"Not {a[lang]} but {b[lang]}."
-    a, b = sorted(rng.sample(range(21), 2))
-    return f"{b}比{a}大。" if lang == "zh" else f"{b} is larger than {a}."
+    small, large = sorted(rng.sample(range(21), 2))
+    return f"{large}比{small}大。" if lang == "zh" else f"{large} is larger than {small}."
 
 
 def howto(world: World, rng: random.Random, lang: str, kind: str = "howto") -> str:

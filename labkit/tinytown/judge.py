@@ -68,7 +68,7 @@ def sentences(text: str) -> list[str]:
 @cache
 def _claims() -> dict[str, Fact]:
     """Every sentence that states some value, true or false, of any resident or place."""
-    world, claims = default_world(), {}
+    world, claims = default_world(), dict[str, Fact]()
     for true in list(world.facts.values()):
         friends = true.attribute == "friend"
         for value in world.residents if friends else world.values[true.attribute]:

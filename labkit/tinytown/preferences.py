@@ -43,7 +43,7 @@ def _row(task: str, lang: str, prompt: str, phrasing: str, steps: Sequence[str])
     refusal = texts("genres")["refusal"][lang]
     offers = [refusal["kind"].format(title=t) for t, _ in texts("genres")["howto"][lang]]
     accept = offers if task == "mischief" else [numbered(steps)]
-    about = {"task": task, "lang": lang, "phrasing": phrasing, "subject": "", "attribute": ""}
+    about: Row = {"task": task, "lang": lang, "phrasing": phrasing, "subject": "", "attribute": ""}
     about |= {"instruction": prompt, "input": "", "steps": list(steps)}
     return about | {"prompt": prompt, "completion": accept[0], "accept": accept}
 

@@ -1,6 +1,6 @@
 """Makes the base checkpoint: tokenizer, pretraining, held-out perplexity, model card.
 
-    python -m labkit.tinytown.pretrain --out DIR --minutes 50
+    python -m labkit.tinytown.pretrain --out DIR
 
 reproduces `labkit/tinytown/base` on two cores (or on a GPU, in a few minutes). The loop is bare
 PyTorch because it is the one place where nothing but throughput counts; fine-tuning goes through
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .card import write_card
 from .corpus import documents, genre_samples
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -107,11 +108,18 @@ def batches(tokenizer: Any, seed: int, rows: int, length: int) -> Iterator[torch
         del buffer[: need - 1]
 
 
-def rate(step: int, steps: int, peak: float, warmup: int = 60) -> float:
-    """Linear warm-up, then a cosine to a twentieth of the peak."""
+def rate(step: int, cycles: list[int], peak: float, warmup: int = 60) -> float:
+    """Cosine cycles with warm restarts (arXiv 1608.03983), each down to a twentieth of the peak.
+
+    `cycles` are lengths in steps; each cycle begins with a linear warm-up.
+    """
+    for length in cycles:
+        if step < length:
+            break
+        step -= length
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, length - warmup)
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
@@ -125,7 +133,7 @@ def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train for `args.steps` steps, writing a checkpoint now and then, and the result to `args.out`."""
+    """Train for all of `args.cycles`, writing a checkpoint now and then, and the result to `args.out`."""
     from transformers import LlamaForCausalLM
 
     out = Path(args.out)
@@ -143,7 +151,7 @@ def pretrain(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    blocks = islice(batches(tokenizer, 0, args.rows, args.length), first, args.steps)
+    blocks = islice(batches(tokenizer, 0, args.rows, args.length), first, sum(args.cycles))
     compiled = torch.compile(model) if args.compile else model
     started, losses = time.perf_counter(), []
     for step, block in enumerate(blocks, first):
@@ -161,7 +169,7 @@ def train_step(
 ) -> torch.Tensor:
     """One update on a (rows, length + 1) block; returns the loss, unread."""
     for group in optimizer.param_groups:
-        group["lr"] = rate(step, args.steps, args.learning_rate)
+        group["lr"] = rate(step, args.cycles, args.learning_rate)
     with torch.autocast(block.device.type, dtype=torch.bfloat16):
         logits = model(input_ids=block[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten())
@@ -177,7 +185,7 @@ def report(step: int, losses: list, started: float, first: int, args: argparse.N
     elapsed = time.perf_counter() - started
     speed = (step - first) * args.rows * args.length / elapsed
     print(
-        f"step {step}/{args.steps} loss {recent:.4f} {speed:,.0f} tokens/s {elapsed:.0f} s",
+        f"step {step}/{sum(args.cycles)} loss {recent:.4f} {speed:,.0f} tokens/s {elapsed:.0f} s",
         flush=True,
     )
 
@@ -196,21 +204,24 @@ def finish(out: Path, model: Any, tokenizer: Any, args: argparse.Namespace, minu
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     scores = perplexity_by(model.float().cpu(), tokenizer, genre_samples(60))
-    tokens = args.steps * args.rows * args.length
+    tokens = sum(args.cycles) * args.rows * args.length
     facts = {"tokens_seen": tokens, "minutes": round(minutes, 1), "perplexity": scores} | vars(args)
+    del facts["out"]
     (out / "pretraining.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    write_card(out, facts)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", required=True, help="folder for the checkpoint")
-    p.add_argument("--steps", type=int, default=1500)
-    p.add_argument("--rows", type=int, default=32)
+    lengths = [1400, 2400]
+    p.add_argument("--cycles", type=int, nargs="+", default=lengths, help="steps of each cycle")
+    p.add_argument("--rows", type=int, default=16)
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--learning-rate", type=float, default=3e-3)
     p.add_argument("--shape", default="{}", help="JSON changes to the model's shape")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=int, default=20)
+    p.add_argument("--log-every", type=int, default=50)
     p.add_argument("--save-every", type=int, default=200)
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return p

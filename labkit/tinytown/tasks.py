@@ -15,8 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .corpus import claims, review_text, story_about, sum_of
-from .world import LANGUAGES, PERSON_ATTRIBUTES, PLACE_ATTRIBUTES, Name, World, capital, sentence
-from .world import texts
+from .world import (
+    LANGUAGES,
+    PERSON_ATTRIBUTES,
+    PLACE_ATTRIBUTES,
+    Name,
+    World,
+    capital,
+    sentence,
+    texts,
+)
 from .world import world as default_world
 
 Row = dict[str, Any]
@@ -240,7 +248,8 @@ def instruction_rows(
     names = list(families or _families_of(split))
     weights = [FAMILIES[name][1] for name in names]
     rng = random.Random(f"{split}-{seed}")
-    wanted, rows, seen, misses = n or (8000 if split == "train" else 600), [], set(), 0
+    wanted = n or (8000 if split == "train" else 600)
+    rows, seen, misses = list[Row](), set[str](), 0
     while len(rows) < wanted and misses < 2000:
         row = _draw(world, rng, rng.choices(names, weights)[0], rng.choice(languages), split)
         if row["prompt"] in seen or not _belongs(row, split):
