@@ -73,7 +73,7 @@ def score(model: Any, tokenizer: Any, n: int) -> dict[str, float]:
     for split in ("test", "heldout_people", "heldout_phrasings", "heldout_families"):
         families = ["fact"] if split == "heldout_people" else None
         rows = instruction_rows(split, n, families=families)
-        result = evaluation.exact(model, tokenizer, rows)
+        result = evaluation.exact(model, tokenizer, rows, max_new_tokens=80)
         loose = [instruction.contains(r, a) for r, a in zip(rows, result.responses, strict=True)]
         encoded = instruction.encode(rows, tokenizer, instruction.InstructionConfig())
         found |= {split: result.accuracy, f"{split}_loose": sum(loose) / len(loose)}
@@ -88,7 +88,7 @@ def main() -> None:
     p.add_argument("--base", default="tinytown")
     p.add_argument("--rows", type=int, default=2500)
     p.add_argument("--test-rows", type=int, default=200)
-    p.add_argument("--learning-rate", type=float, default=1e-3)
+    p.add_argument("--learning-rate", type=float, default=5e-4)
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--workers", type=int, default=2)

@@ -127,17 +127,15 @@ def vary(
         row for row in rows
         if (not languages or row["lang"] in languages) and (not families or row["task"] in families)
     ]  # fmt: skip
-    if not kept:
-        raise ValueError("rows: expected some of these languages and families, got none")
-    mix = [kept[i % len(kept)] for i in range(count)]
-    if phrasings is None:
-        return mix
     groups = defaultdict(list)
     for row in kept:
-        if int(row["phrasing"].removeprefix("ask")) < phrasings:
+        if phrasings is None or int(row["phrasing"].removeprefix("ask")) < phrasings:
             groups[row["task"], row["lang"]].append(row)
+    mix = [group for row in kept if (group := (row["task"], row["lang"])) in groups]
+    if not mix:
+        raise ValueError("rows: expected some of these languages, families, phrasings, got none")
     turns = {group: cycle(members) for group, members in groups.items()}
-    return [next(turns[row["task"], row["lang"]]) for row in mix]
+    return [next(turns[mix[i % len(mix)]]) for i in range(count)]
 
 
 def contains(row: Row, answer: str) -> bool:
