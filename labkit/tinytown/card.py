@@ -139,7 +139,7 @@ def _settings(facts: dict[str, Any]) -> str:
     return (
         f"{sum(cycles):,} steps of {facts['rows']} × {facts['length']} tokens, {each}, AdamW at a "
         f"peak learning rate of {facts['learning_rate']:g}, seed {facts['seed']}, bfloat16 "
-        "autocast. Numbers differ in the last digits between machines."
+        "autocast. Numbers differ a little between machines."
     )
 
 
