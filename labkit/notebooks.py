@@ -60,7 +60,7 @@ def folder() -> Path:
 
 def available() -> list[NotebookInfo]:
     """All notebooks of the folder, in the order of their names."""
-    return [info(path) for path in sorted(folder().glob("*.ipynb"))]
+    return [info(path) for path in sorted(folder().glob("[0-9]*.ipynb"))]
 
 
 def info(path: Path) -> NotebookInfo:
@@ -86,7 +86,7 @@ def find(name: str) -> Path:
         return Path(name)
     wanted = Path(name).stem.lower().replace("-", "_")
     by_alias: dict[str, Path] = {}
-    for path in sorted(folder().glob("*.ipynb")):
+    for path in sorted(folder().glob("[0-9]*.ipynb")):
         number, _, rest = path.stem.partition("_")
         for alias in (path.stem, rest, number):
             by_alias.setdefault(alias.lower(), path)

@@ -80,11 +80,11 @@ def test_red_team_titles_are_not_shared_between_train_and_test():
 
 
 def test_pairs_prefer_the_better_response_but_for_the_noise():
-    clean = preference_pairs(150, noise=0.0, seed=1)
+    clean = preference_pairs(100, noise=0.0, seed=1)
     assert all(judge(r, r["chosen"]).total > judge(r, r["rejected"]).total for r in clean)
-    noisy = preference_pairs(600, noise=0.2, seed=1)
+    noisy = preference_pairs(300, noise=0.2, seed=1)
     share = sum(r["flipped"] for r in noisy) / len(noisy)
-    assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 600) ** 0.5
+    assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 300) ** 0.5
     for row in noisy:
         better = judge(row, row["chosen"]).total > judge(row, row["rejected"]).total
         assert better != row["flipped"]
