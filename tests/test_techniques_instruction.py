@@ -1,0 +1,208 @@
+"""Instruction tuning: truths of template, mask and loss, then parity with the libraries."""
+
+import math
+
+import pytest
+import torch
+
+from labkit import data, tinytown
+from labkit.techniques import instruction
+from labkit.techniques.instruction import InstructionConfig
+
+ROWS = [
+    {"prompt": "What is three plus four?", "completion": "Seven."},
+    {"prompt": "米拉住在哪里？", "completion": "河边的磨坊。"},
+    {"prompt": "Write a response to Otto.", "completion": "Otto likes pancakes with honey."},
+]
+
+
+def batch(encoded):
+    """Right-padded (B, T) ids and response mask."""
+    columns = (encoded.dataset[name] for name in ("input_ids", "completion_mask"))
+    return [
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in column], batch_first=True)
+        for column in columns
+    ]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    scale = max(g.abs().max() for g in theirs.values())
+    for name in mine:
+        assert (mine[name] - theirs[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_worked_example():
+    """Prompt `0 1`, response `2`, end `3`; the model gives 1 (prompt) 1/32, 2 1/2, 3 1/4.
+
+    In units of ln 2: 5, 1, 2. Response and end: 1.5. Prompt and response, no end: 3.
+    """
+    ids, mask = instruction.join([0, 1], [2], end=3)
+    assert (ids, mask) == ([0, 1, 2, 3], [0, 0, 1, 1])
+    p = torch.full((1, 4, 4), 0.25)
+    p[0, 0] = torch.tensor([31, 3, 31, 31]) / 96
+    p[0, 1] = torch.tensor([1, 1, 3, 1]) / 6
+    ids, mask = torch.tensor([ids]), torch.tensor([mask])
+    value, metrics = instruction.loss(p.log(), ids, mask)
+    assert value.item() == pytest.approx(1.5 * math.log(2))
+    assert metrics["perplexity"] == pytest.approx(2**1.5) and metrics["tokens"] == 2
+    everything = torch.ones(1, 3)
+    chapters, _ = instruction.loss(p.log()[:, :3], ids[:, :3], everything)
+    assert chapters.item() == pytest.approx(3 * math.log(2))
+
+
+def test_uniform_logits_cost_log_of_the_vocabulary():
+    ids, mask = torch.randint(0, 50, (3, 7)), torch.ones(3, 7)
+    assert instruction.loss(torch.zeros(3, 7, 50), ids, mask)[0].item() == pytest.approx(
+        math.log(50)
+    )
+
+
+def test_only_response_tokens_matter(tiny_model, tiny_tokenizer):
+    """Logits that predict a prompt token or padding have no gradient, and no effect."""
+    ids, mask = batch(instruction.encode(ROWS, tiny_tokenizer, InstructionConfig()))
+    logits = tiny_model()(input_ids=ids).logits.detach().requires_grad_()
+    value, _ = instruction.loss(logits, ids, mask)
+    value.backward()
+    reached = logits.grad.abs().sum(-1) > 0
+    assert torch.equal(reached[:, :-1], mask[:, 1:].bool()) and not reached[:, -1].any()
+
+
+def test_token_accuracy_is_one_for_a_model_that_is_sure():
+    ids = torch.tensor([[1, 2, 3, 0]])
+    logits = 50.0 * torch.nn.functional.one_hot(ids.roll(-1), 5).float()
+    value, metrics = instruction.loss(logits, ids, torch.tensor([[0, 1, 1, 1]]))
+    assert value.item() == pytest.approx(0, abs=1e-6) and metrics["token_accuracy"] == 1
+
+
+def test_loss_and_gradients_equal_transformers_own(tiny_model, tiny_tokenizer, arch):
+    model = tiny_model(arch)
+    ids, mask = batch(instruction.encode(ROWS, tiny_tokenizer, InstructionConfig()))
+    ours, _ = instruction.loss(model(input_ids=ids).logits, ids, mask)
+    mine = gradients(model, ours)
+    theirs = model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert_same(mine, gradients(model, theirs))
+
+
+def test_loss_and_gradients_equal_trls(tiny_model, tiny_tokenizer, tmp_path, arch):
+    from trl import SFTConfig, SFTTrainer
+
+    model = tiny_model(arch)
+    encoded = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
+    ids, mask = batch(encoded)
+    ours, _ = instruction.loss(model(input_ids=ids).logits, ids, mask)
+    mine = gradients(model, ours)
+    options = dict(use_cpu=True, bf16=False, report_to="none", completion_only_loss=True)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path), **options),
+        train_dataset=encoded.dataset,
+        processing_class=tiny_tokenizer,
+    )
+    rows = [trainer.train_dataset[i] for i in range(len(ROWS))]
+    theirs = trainer.compute_loss(model, trainer.data_collator(rows))
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert_same(mine, gradients(model, theirs))
+
+
+def test_the_trainer_minimizes_this_loss(tiny_model, tiny_tokenizer):
+    from labkit.evaluation import held_out_loss
+
+    model = tiny_model()
+    encoded = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
+    ids, mask = batch(encoded)
+    ours, _ = instruction.loss(model(input_ids=ids).logits, ids, mask)
+    assert held_out_loss(model, encoded.dataset) == pytest.approx(ours.item(), abs=1e-5)
+
+
+def test_wrong_shapes_and_empty_masks_are_refused():
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"\(2, 4, 9\)"):
+        instruction.loss(torch.zeros(2, 4, 9), ids, ids)
+    first_only = torch.tensor([[1, 0, 0, 0, 0]] * 2)
+    with pytest.raises(ValueError, match="response_mask"):
+        instruction.loss(torch.zeros(2, 5, 9), ids, first_only)
+
+
+def test_alpaca_prompt_ends_where_the_response_begins():
+    english = instruction.format_alpaca("Name a pet.")
+    assert english.endswith("### Instruction:\nName a pet.\n\n### Response:\n")
+    assert "Input" not in english and "input" not in english
+    assert "### Input:\nowl\n" in instruction.format_alpaca("Translate.", "owl")
+    chinese = instruction.format_alpaca("翻译。", "owl", "zh")
+    assert chinese.endswith("### 指令：\n翻译。\n\n### 输入：\nowl\n\n### 回复：\n")
+    with pytest.raises(ValueError, match="language"):
+        instruction.format_alpaca("翻译。", language="fr")
+
+
+def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer):
+    row = {"instruction": "Translate.", "input": "owl", "prompt": "", "completion": "猫头鹰"}
+    encoded = instruction.encode([row], tiny_tokenizer, InstructionConfig(template="alpaca"))
+    prompt = tiny_tokenizer(instruction.format_alpaca("Translate.", "owl"))["input_ids"]
+    answer = tiny_tokenizer("猫头鹰")["input_ids"]
+    ids, mask = instruction.join(prompt, answer, tiny_tokenizer.eos_token_id)
+    assert encoded.dataset[0] == {"input_ids": ids, "completion_mask": mask}
+
+
+def test_the_chapters_loop_learns_prompts_and_no_end(tiny_tokenizer):
+    right = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
+    wrong = instruction.encode(
+        ROWS, tiny_tokenizer, InstructionConfig(learn_prompt=True, learn_end=False)
+    )
+    for good, bad in zip(right.dataset, wrong.dataset, strict=True):
+        assert good["input_ids"] == [*bad["input_ids"], tiny_tokenizer.eos_token_id]
+        assert all(bad["completion_mask"])
+    assert wrong.response_tokens == wrong.tokens == right.tokens - len(ROWS)
+
+
+@pytest.mark.parametrize("setting", [{"template": "aplaca"}, {"max_length": 1}])
+def test_impossible_settings_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        InstructionConfig(**setting)
+
+
+def test_vary_keeps_count_and_mix():
+    rows = tinytown.instruction_rows("train", 1500)
+    full = instruction.vary(rows, 1200)
+    poor = instruction.vary(rows, 1200, phrasings=1)
+    assert full == rows[:1200]
+    assert {row["phrasing"] for row in poor} == {"ask0"} != {row["phrasing"] for row in full}
+    groups = {(row["task"], row["lang"]) for row in poor}
+    kept = [row for row in rows if (row["task"], row["lang"]) in groups][:1200]
+    assert [(r["task"], r["lang"]) for r in poor] == [(r["task"], r["lang"]) for r in kept]
+    english = instruction.vary(rows, 2000, languages=["en"], families=["fact", "polite"])
+    assert len(english) == 2000 and {r["lang"] for r in english} == {"en"}
+    assert {r["task"] for r in english} == {"fact", "polite"}
+    with pytest.raises(ValueError, match="families"):
+        instruction.vary(rows, 10, families=["opposite"])
+
+
+def test_contains_looks_inside_but_not_inside_words():
+    row = {"task": "counting", "lang": "en", "completion": "3.", "accept": ["3."]}
+    assert instruction.contains(row, "There are 3 of them, I think")
+    assert not instruction.contains(row, "There are 13 of them")
+    zh = {"task": "to_zh", "lang": "en", "completion": "医生。", "accept": ["医生"]}
+    assert instruction.contains(zh, "她是医生吗")
+    listing = {"task": "listing", "lang": "en", "completion": "Red, blue, green.",
+               "accept": ["red", "blue", "green"]}  # fmt: skip
+    assert not instruction.contains(listing, "red")
+    assert instruction.contains({"prompt": "?", "completion": "Paris"}, "It is paris.")
+
+
+def test_end_probability(tiny_model, tiny_tokenizer):
+    """The probability that one forward pass gives to the end token after each answer."""
+    model = tiny_model()
+    encoded = data.encode(ROWS, tiny_tokenizer)
+    expected = []
+    for ids in encoded.dataset["input_ids"]:
+        p = model(input_ids=torch.tensor([ids])).logits.softmax(-1)
+        expected.append(p[0, -2, tiny_tokenizer.eos_token_id].item())
+    found = instruction.end_probability(model, encoded)
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
