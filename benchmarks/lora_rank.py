@@ -1,11 +1,11 @@
 """How much of full fine-tuning does LoRA reach, rank by rank? The recorded sweep of 02_lora.
 
 Every point trains on the same rows for the same steps and is scored on the same questions. Each
-method gets its own learning rate, the one with the least response loss on the `heldout_phrasings`
-split, with a seed that the comparison does not use: full fine-tuning from 0.5, 1 and 2 e-3; LoRA
-(all linear layers, alpha = 2 r) from 2, 4 and 8 e-3, at r = 4 for the ranks up to 8 and at
-r = 32 for those above. Where the best is the end of its list, the list goes on by a factor of
-two, at most twice. Full runs also record how much of the update's energy (squared singular
+method gets its own learning rate: the one with the least response loss on other questions of the
+test split, with a seed that the comparison does not use. Three rates are tried for full
+fine-tuning and for LoRA (all linear layers, alpha = 2 r) at r = 2, 8, 16 and 64; r = 1, 4 and 32
+take the rate of 2, 8 and 16. Where the best is the end of its list, the list goes on by a factor
+of two, at most twice. Full runs also record how much of the update's energy (squared singular
 values) the first r directions hold. `stage` says whether a run is part of the comparison.
 
     python benchmarks/lora_rank.py --json benchmarks/results/lora_rank.json
@@ -25,7 +25,14 @@ from labkit.techniques import lora
 
 FULL = 0  # the rank that stands for full fine-tuning
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-RATES = {FULL: (5e-4, 1e-3, 2e-3), 4: (2e-3, 4e-3, 8e-3), 32: (2e-3, 4e-3, 8e-3)}
+RATES = {
+    FULL: (2.5e-4, 5e-4, 1e-3),
+    2: (4e-3, 8e-3, 16e-3),
+    8: (2e-3, 4e-3, 8e-3),
+    16: (2e-3, 4e-3, 8e-3),
+    64: (5e-4, 1e-3, 2e-3),
+}
+STAND_IN = {1: 2, 4: 8, 32: 16}
 TUNING_SEED = 100
 
 
@@ -62,14 +69,16 @@ def score(model: Any, tokenizer: Any, n: int) -> dict[str, float]:
         "accuracy": evaluation.exact(model, tokenizer, questions).accuracy,
         "facts": evaluation.exact(model, tokenizer, facts).accuracy,
     }
-    for name, split in {"loss": "test", "tuning_loss": "heldout_phrasings"}.items():
-        encoded = data.encode(data.load(split=split, limit=n), tokenizer, max_length=256)
+    asked = {row["prompt"] for row in questions}
+    others = [r for r in data.load(split="test", limit=3 * n, seed=1) if r["prompt"] not in asked]
+    for name, rows in {"loss": questions, "tuning_loss": others[:n]}.items():
+        encoded = data.encode(rows, tokenizer, max_length=256)
         found[name] = evaluation.held_out_loss(model, encoded.dataset)
     return found
 
 
 def tuned(runs: list[dict[str, Any]], rank: int) -> dict[float, float]:
-    """{learning rate: loss} of the tuning runs at `rank`, by rate."""
+    """{learning rate: loss} of the tuning runs at `rank`, in the order of the rates."""
     chosen = (run for run in runs if run["stage"] == "tune" and run["rank"] == rank)
     return dict(sorted((run["learning_rate"], run["tuning_loss"]) for run in chosen))
 
@@ -81,9 +90,8 @@ def beyond(losses: dict[float, float]) -> float | None:
 
 
 def best_rate(runs: list[dict[str, Any]], rank: int) -> float:
-    """The tuned rate for `rank`: of the full run, or of the rank that stands for its half."""
-    stand_in = FULL if rank == FULL else 4 if rank <= 8 else 32
-    losses = tuned(runs, stand_in)
+    """The tuned rate for `rank`, or for the rank that stands for it."""
+    losses = tuned(runs, STAND_IN.get(rank, rank))
     return min(losses, key=losses.__getitem__)
 
 
@@ -105,7 +113,10 @@ def main() -> None:
         return dict(stage=stage, rank=rank, learning_rate=rate, seed=seed, **shared)
 
     tuning = [point("tune", k, rate, TUNING_SEED) for k, rates in RATES.items() for rate in rates]
+    settings = shared.items()
     runs = grid.run_grid(measure, tuning, args.json, args.workers)
+    if others := [run for run in runs if not settings <= run.items()]:
+        p.error(f"{args.json} holds {len(others)} runs with other settings; name another file")
     for _ in range(2):
         more = [(rank, beyond(tuned(runs, rank))) for rank in RATES]
         tuning = [point("tune", rank, rate, TUNING_SEED) for rank, rate in more if rate]

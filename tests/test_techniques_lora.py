@@ -220,3 +220,11 @@ def test_peft_starts_as_the_identity_without_a_warning(tiny_model, arch, recwarn
     before = logits(model)
     assert torch.equal(logits(lora.attach(copy.deepcopy(model), LoraConfig()).eval()), before)
     assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
+
+
+def test_a_saved_adapter_comes_back(tiny_model, tiny_tokenizer, tmp_path):
+    tuned = randomize(lora.attach(tiny_model(), LoraConfig(rank=4))).eval()
+    models.save(tuned, tiny_tokenizer, tmp_path / "adapter")
+    assert torch.equal(logits(lora.restore(tiny_model(), tmp_path / "adapter")), logits(tuned))
+    with pytest.raises(FileNotFoundError, match="folder: expected a saved adapter"):
+        lora.restore(tiny_model(), tmp_path / "nowhere")

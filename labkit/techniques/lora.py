@@ -11,9 +11,12 @@ variants (PEFT has them).
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -232,4 +235,24 @@ def attach(model: Any, config: LoraConfig) -> Any:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in found.values()),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, peft_config)
+    with _without_renaming_warning():
+        return get_peft_model(model, peft_config)
+
+
+def restore(model: Any, folder: str | Path) -> Any:
+    """`model` with the adapter that `models.save` or PEFT wrote to `folder`, in eval mode."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"folder: expected a saved adapter (adapter_config.json), found "
+                                f"none in {folder}")  # fmt: skip
+    from peft import PeftModel
+
+    with _without_renaming_warning():
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+@contextlib.contextmanager
+def _without_renaming_warning() -> Iterator[None]:
+    """PEFT asks the model for an attribute that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
