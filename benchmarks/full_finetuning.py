@@ -18,7 +18,7 @@ task, facts of the town among them, so that it rehearses some of what pretrainin
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import time
 from itertools import islice
 from pathlib import Path
@@ -107,11 +107,10 @@ def score(
     questions = tuning_rows("test", mixture, test_rows)
     encoded = data.encode(questions, tokenizer, max_length=256)
     genres = evaluation.perplexity_by(model, tokenizer, genre_samples(genre_rows))
-    mean = math.exp(sum(map(math.log, genres.values())) / len(genres))
     return {
         "accuracy": evaluation.exact(model, tokenizer, questions).accuracy,
         "loss": evaluation.held_out_loss(model, encoded.dataset),
-        "perplexity": mean,
+        "perplexity": statistics.geometric_mean(genres.values()),
         "genres": {name: round(value, 4) for name, value in genres.items()},
     }
 
