@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import torch
 
 from labkit import data, evaluation, models, spectra, training
 from labkit.techniques import lora
@@ -45,6 +46,7 @@ def measure(
     model, tokenizer = models.load(base)
     origin = spectra.weights(model) if rank == FULL and stage == "compare" else None
     if rank != FULL:
+        torch.manual_seed(seed)
         model = lora.attach(model, lora.LoraConfig(rank=rank, alpha=2.0 * rank))
     config = training.TrainConfig(
         learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, seed=seed
