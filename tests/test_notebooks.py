@@ -9,7 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from labkit import checker, notebooks
 
 HERE = Path(__file__).parent
-COMMITTED = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
+COMMITTED = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))
 _spec = importlib.util.spec_from_file_location("factory", HERE / "notebook_factory.py")
 factory = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(factory)
