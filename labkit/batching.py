@@ -73,11 +73,15 @@ def _flat(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
 class Shuffled(torch.utils.data.Sampler):
     """Row numbers in an order that depends on the seed and the epoch only.
 
-    A run that is resumed so meets the batches that it would have met.
+    A run that is resumed so meets the batches that it would have met. Given `lengths`, batches
+    of `batch` rows hold rows of like length, and the batches come in random order.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(
+        self, count: int, seed: int, lengths: np.ndarray | None = None, batch: int = 1
+    ) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
+        self.lengths, self.batch = lengths, batch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -87,7 +91,13 @@ class Shuffled(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
-        return iter(random.permutation(self.count).tolist())
+        order = random.permutation(self.count)
+        if self.lengths is not None:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
+            whole = self.count // self.batch * self.batch
+            batches = random.permutation(order[:whole].reshape(-1, self.batch))
+            order = np.concatenate([batches.ravel(), order[whole:]])
+        return iter(order.tolist())
 
 
 def cuts(lengths: np.ndarray) -> list[int]:

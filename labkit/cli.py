@@ -192,7 +192,10 @@ def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
 
 
 def _profile(profile: str, path: Path) -> dict[str, Any]:
-    """A profile serves all notebooks, so each takes from it only the parameters that it has."""
+    """A profile serves all notebooks, so each takes from it only the parameters that it has.
+
+    What one notebook alone wants, such as its learning rate, is in NAME/<notebook>.yaml.
+    """
     folder = notebooks.folder() / "params"
     file = folder / f"{profile}.yaml"
     known = sorted(f.stem for f in folder.glob("*.yaml"))
@@ -200,7 +203,9 @@ def _profile(profile: str, path: Path) -> dict[str, Any]:
         near = notebooks.nearest(profile, known)
         raise ValueError(f"no --profile {profile!r}{near}; there are: {', '.join(known) or 'none'}")
     mine = notebooks.parameters(path)
-    return {name: value for name, value in _yaml(file, "--profile").items() if name in mine}
+    values = {name: value for name, value in _yaml(file, "--profile").items() if name in mine}
+    own = folder / profile / f"{path.stem}.yaml"
+    return values | (_yaml(own, "--profile") if own.is_file() else {})
 
 
 def _yaml(file: Path, option: str) -> dict[str, Any]:

@@ -53,8 +53,10 @@ class TrainConfig:
     `max_steps` = -1 leaves the length to `epochs`. `precision`: "auto" (bfloat16 autocast
     where it pays), "bf16" or "fp32". `compile`: False, True, or "auto", which compiles the
     model once the rest of the run is seen to take longer than compiling saves. `packing` lays
-    the rows of a batch end to end instead of padding them. A checkpoint is written every
-    `save_steps` steps (0: never), and `resume` continues from the last one.
+    the rows of a batch end to end instead of padding them; `group_by_length` takes rows of like
+    length together, which pads less and learns less a step (see `batching`). A checkpoint is
+    written every `save_steps` steps (0: never); `resume` names the folder of an earlier run's
+    checkpoints, or a folder above it, and training goes on from the last whole one.
     """
 
     learning_rate: float = 1e-3
@@ -72,8 +74,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool | str = False
     packing: bool = False
+    group_by_length: bool = False
     save_steps: int = 0
-    resume: bool = False
+    resume: str = ""
 
     def __post_init__(self) -> None:
         at_least = {"batch_size": 1, "gradient_accumulation": 1, "weight_decay": 0}
@@ -139,6 +142,7 @@ def sft(
     config = config or TrainConfig()
     rows = Rows(dataset)
     _check(model, tokenizer, rows, config, output_dir)
+    checkpoint = _last_checkpoint(Path(config.resume)) if config.resume else None
     evaluated = None if eval_dataset is None else Rows(eval_dataset)
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
@@ -150,7 +154,7 @@ def sft(
         trainer.add_callback(shown)
         stack.callback(shown.close)
         stack.enter_context(compiled(trainer, config.compile))
-        seconds = _train(trainer, _last_checkpoint(Path(folder)) if config.resume else None)
+        seconds = _train(trainer, checkpoint)
         eval_loss = None if evaluated is None else trainer.held_out_loss(evaluated)
     if log is not None and eval_loss is not None:
         log({"eval_loss": eval_loss}, trainer.state.global_step)
@@ -227,7 +231,8 @@ class FastSFTTrainer(SFTTrainer):
         return grad_norm
 
     def _get_train_sampler(self, train_dataset=None):
-        return Shuffled(len(self.train_dataset), self.config.seed)
+        lengths = self.train_dataset.lengths if self.config.group_by_length else None
+        return Shuffled(len(self.train_dataset), self.config.seed, lengths, self.config.batch_size)
 
     def _save_checkpoint(self, model, trial):
         entry = self.meter.flush(self.state.global_step)  # raises before a bad model is kept
@@ -298,9 +303,8 @@ def _check(model, tokenizer, rows: Rows, config: TrainConfig, output_dir) -> Non
             f"tokenizer: expected a pad token other than the end token, got pad "
             f"{tokenizer.pad_token!r} and end {tokenizer.eos_token!r}; models.load sets one"
         )
-    if output_dir is None and (config.save_steps or config.resume):
-        name = "save_steps" if config.save_steps else "resume"
-        raise ValueError(f"{name}: expected an output_dir to keep checkpoints in, got None")
+    if output_dir is None and config.save_steps:
+        raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
     context = getattr(model.config, "max_position_embeddings", None)
     if context and rows.lengths.max() > context:
         raise ValueError(
@@ -327,12 +331,14 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(folder: Path) -> str:
     """The newest checkpoint that was written to its end; a killed run may leave half a one."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
-    for checkpoint in found:
+    found = [f for f in folder.glob("**/checkpoint-*") if f.name.rpartition("-")[2].isdigit()]
+    for checkpoint in sorted(found, key=lambda f: -int(f.name.rpartition("-")[2])):
         with contextlib.suppress(OSError, json.JSONDecodeError):
             json.loads((checkpoint / "trainer_state.json").read_text())
             return str(checkpoint)
-    logger.warning("resume: no complete checkpoint in %s, starting at step 0", folder)
-    return None
+    raise FileNotFoundError(
+        f"resume: expected a folder with a complete checkpoint, found none in {folder}; "
+        "leave resume empty to start at step 0"
+    )

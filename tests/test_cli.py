@@ -129,7 +129,11 @@ def test_later_sources_of_parameters_win(library, call, monkeypatch):
     Path("p.yaml").write_text("rank: 4\ndata: file\n")
     assert call("run", "tiny", "--profile", "gpu", "-f", "p.yaml", "-p", "data", "last")[0] == 0
     assert call("run", "tiny", "--profile", "gpu")[0] == 0
-    assert given == [{"rank": 4, "data": "last"}, {"rank": 32}]
+    own = library / "notebooks" / "params" / "gpu" / "02_tiny.yaml"
+    own.parent.mkdir()
+    own.write_text("rank: 16\n")
+    assert call("run", "tiny", "--profile", "gpu")[0] == 0
+    assert given == [{"rank": 4, "data": "last"}, {"rank": 32}, {"rank": 16}]
 
 
 def test_keep_going_runs_the_rest_and_still_fails(library, call, monkeypatch):

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from labkit import checker, notebooks
@@ -18,6 +19,17 @@ _spec.loader.exec_module(factory)
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
 def test_committed_notebooks_keep_the_contract(path):
     assert notebooks.check(path) == []
+
+
+def test_profiles_hold_good_values_of_parameters_that_exist():
+    params, known = COMMITTED[0].parent / "params", set()
+    for path in COMMITTED:
+        known |= set(notebooks.parameters(path))
+        own = [f for f in params.glob("*/*.yaml") if f.stem == path.stem]
+        for file in own:
+            notebooks.validate(yaml.safe_load(file.read_text("utf-8")), path)
+    for file in params.glob("*.yaml"):
+        assert set(yaml.safe_load(file.read_text("utf-8"))) <= known, file.name
 
 
 def test_a_good_notebook_has_no_problems(tmp_path):
