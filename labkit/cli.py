@@ -176,7 +176,9 @@ def _failure(name: str, error: Exception) -> str:
     from papermill.exceptions import PapermillExecutionError
 
     if isinstance(error, PapermillExecutionError):
-        return f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+        full = "No space left" in error.evalue and "free some" not in error.evalue
+        hint = "; free some space, or choose another folder by --output" if full else ""
+        return f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}{hint}"
     return f"{name}: {type(error).__name__}: {str(error).strip() or 'the kernel stopped'}"
 
 

@@ -136,6 +136,8 @@ def _read(folder: Path, model: str, dtype, trust_remote_code: bool, attention: s
             f"model: {model!r} lacks {len(missing)} weights of a {type(network).__name__} "
             f"(first: {missing[0]}); give a complete checkpoint of a causal language model"
         )
+    if getattr(network, "loss_type", "") is None:  # GPT-2's class name says nothing of its loss
+        network.loss_type = "ForCausalLM"
     return network, tokenizer
 
 

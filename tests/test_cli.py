@@ -123,6 +123,13 @@ def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):
     assert not (library / "runs" / "02_tiny").exists()  # stopped at the first failure
 
 
+def test_a_full_disk_is_told_with_what_to_do(library, call):
+    code = "raise RuntimeError('I/O error: No space left on device (os error 28)')"
+    factory.save(factory.tiny(code), library / "notebooks" / "04_full.ipynb")
+    status, _, err = call("run", "full")
+    assert status == 1 and "No space left" in err and "choose another folder by --output" in err
+
+
 def test_later_sources_of_parameters_win(library, call, monkeypatch):
     given = []
     monkeypatch.setattr(cli, "_run_one", lambda path, values, _: given.append(values) or True)

@@ -44,6 +44,23 @@ def test_a_saved_model_comes_back_with_the_same_outputs(tiny_folder, tmp_path, a
     assert not [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
 
 
+def test_a_loss_and_a_padded_batch_bring_no_warning(tiny_folder, arch, caplog, monkeypatch):
+    from transformers.utils import logging as tf_logging
+
+    from labkit import speed
+
+    model, tokenizer = models.load(str(tiny_folder(arch)))
+    tf_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    ids = torch.tensor([[5, 6, 7], [8, 9, tokenizer.pad_token_id]])
+    places, targets = torch.tensor([0, 1, 3]), torch.tensor([6, 7, 9])
+    part = {"input_ids": ids, "positions": places, "targets": targets}
+    with caplog.at_level(logging.WARNING):
+        model(input_ids=ids, labels=ids)
+        speed.response_loss(model, {"parts": [part]})
+    assert "transformers" not in " ".join(record.name for record in caplog.records)
+
+
 def test_dtype_and_device_are_obeyed_or_refused(tiny_folder):
     folder = str(tiny_folder())
     model, _ = models.load(folder, dtype="bfloat16", device="cpu")
