@@ -3,7 +3,7 @@
 Tunes the base on instructions about half of the residents and asks about the other half, for
 several tuning lengths, with full fine-tuning and LoRA (r = 8, all linear layers).
 
-    python benchmarks/askability.py --rows 1500,3000,6000 --json benchmarks/results/askability.json
+    python benchmarks/askability.py --rows 1500,3000,6000 --json labkit/tinytown/base/askability.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from labkit import data, evaluation, machine, models, training
 from labkit.tinytown import instruction_rows
 
-RATES = {"full": 1e-3, "lora": 4e-3}
+RATES = {"full": 5e-4, "lora": 4e-3}
 
 
 def tune(base: str, method: str, rows: int, rate: float, epochs: float, seed: int) -> tuple:
@@ -28,7 +28,7 @@ def tune(base: str, method: str, rows: int, rate: float, epochs: float, seed: in
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     encoded = data.encode(instruction_rows("train", rows, seed), tokenizer, max_length=256)
-    config = training.TrainConfig(learning_rate=rate, epochs=epochs, batch_size=32, seed=seed)
+    config = training.TrainConfig(learning_rate=rate, epochs=epochs, batch_size=16, seed=seed)
     return model, tokenizer, training.sft(model, tokenizer, encoded.dataset, config, progress=False)
 
 

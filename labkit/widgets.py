@@ -6,11 +6,51 @@ runs, and a function that puts sliders in front of it.
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 TARGETS = ("q, v", "q, k, v, o", "all linear layers")
 MLP_RATIO = 11008 / 4096  # of Llama-2-7B: the width inside its MLP, in hidden widths
+
+
+def explore(function: Callable[..., Any], **controls: Any) -> Any:
+    """Controls above what `function(**values)` returns or displays, anew after each change.
+
+    Like `ipywidgets.interactive`, but each output is handed over whole. That one streams it into
+    the widget, and where a notebook runs without a browser the messages back to the kernel
+    sometimes leave nbclient waiting forever (https://github.com/jupyter/nbclient/issues/312).
+    """
+    import ipywidgets as w
+
+    def outputs() -> tuple[dict[str, Any], ...]:
+        return _outputs(function, {name: control.value for name, control in controls.items()})
+
+    view = w.Output(outputs=outputs())
+    for control in controls.values():
+        control.observe(lambda _: setattr(view, "outputs", outputs()), "value")
+    return w.VBox([*controls.values(), view])
+
+
+def _outputs(function: Callable[..., Any], values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What a call shows, in the notebook format's form."""
+    from IPython.core.formatters import format_display_data
+    from IPython.utils.capture import capture_output
+
+    with capture_output() as caught:
+        result = function(**values)
+    shown = [(item.data, item.metadata or {}) for item in caught.outputs]
+    if result is not None:
+        shown.append(format_display_data(result))
+    texts = {"stdout": caught.stdout, "stderr": caught.stderr}
+    streams = [{"output_type": "stream", "name": n, "text": t} for n, t in texts.items() if t]
+    return (*streams, *(_display(data, metadata) for data, metadata in shown))
+
+
+def _display(data: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    texts = {k: b64encode(v).decode() if isinstance(v, bytes) else v for k, v in data.items()}
+    return {"output_type": "display_data", "data": texts, "metadata": metadata}
 
 
 @dataclass(frozen=True)
@@ -71,15 +111,14 @@ def lora_row(rank: int, width: int, layers: int, targets: str) -> dict[str, str]
 def lora_calculator(rank: int = 8, width: int = 4096, layers: int = 32) -> Any:
     """Sliders for rank, width, depth and targets above the row that they give."""
     import ipywidgets as w
-    from IPython.display import display
 
     from labkit.tracking import Table
 
-    def show(rank: int, width: int, layers: int, targets: str) -> None:
-        display(Table([lora_row(rank, width, layers, targets)]))
+    def show(rank: int, width: int, layers: int, targets: str) -> Table:
+        return Table([lora_row(rank, width, layers, targets)])
 
     ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, rank})
-    return w.interactive(
+    return explore(
         show,
         rank=w.SelectionSlider(options=ranks, value=rank, description="rank"),
         width=w.IntSlider(value=width, min=256, max=8192, step=256, description="width"),

@@ -1,5 +1,8 @@
 """The calculators' numbers against published ones."""
 
+from base64 import b64encode
+
+import ipywidgets
 import pytest
 
 from labkit import widgets
@@ -30,11 +33,41 @@ def test_refusals(wrong):
         widgets.lora_cost(**{"rank": 8, "width": 64, "layers": 2, "targets": "q, v", **wrong})
 
 
-def test_sliders_move_the_table(capsys):
+def shown(box):
+    return "".join(
+        str(output.get("text", output.get("data"))) for output in box.children[-1].outputs
+    )
+
+
+def test_sliders_move_the_table():
     calculator = widgets.lora_calculator(rank=8)
     names = [child.description for child in calculator.children[:-1]]
     assert names == ["rank", "width", "layers", "targets"]
-    calculator.update()
-    assert "4,194,304" in capsys.readouterr().out
+    assert "4,194,304" in shown(calculator)
     calculator.children[0].value = 16
-    assert "8,388,608" in capsys.readouterr().out
+    assert "8,388,608" in shown(calculator) and "4,194,304" not in shown(calculator)
+
+
+def test_exploring_shows_what_is_printed_and_returned_and_streams_nothing():
+    slider = ipywidgets.IntSlider(value=2)
+
+    def square(x):
+        print("square of", x)
+        return x * x
+
+    box = widgets.explore(square, x=slider)
+    assert "square of 2" in shown(box) and "'4'" in shown(box)
+    slider.value = 3
+    assert "square of 3" in shown(box) and "'9'" in shown(box) and "'4'" not in shown(box)
+    assert box.children[-1].msg_id == ""  # the widget never catches a cell's own messages
+
+
+def test_pictures_reach_the_browser_as_text():
+    from IPython.display import Image, display
+
+    png = b"\x89PNG\r\n\x1a\n" + bytes(8)
+    data = {"image/png": png, "text/plain": "picture"}
+    assert widgets._display(data, {})["data"] == {
+        "image/png": b64encode(png).decode(), "text/plain": "picture",
+    }  # fmt: skip
+    widgets.explore(lambda x: display(Image(png)), x=ipywidgets.IntSlider())
