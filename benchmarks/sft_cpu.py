@@ -5,6 +5,7 @@ Arms, interleaved on the same encoded rows and the same first weights, one epoch
     stock           TRL's SFTTrainer with its defaults
     tuned           the same without gradient checkpointing, grouped by length (its own flags)
     labkit          labkit.training.sft with its defaults
+    labkit_grouped  the same with group_by_length=True, batches like those of `tuned`
     labkit_compiled the same with compile=True (`--compiled`)
     bare            a loop without a trainer: batches made beforehand, compiled (the limit)
 
@@ -146,8 +147,8 @@ def trl_arm(model, tokenizer, rows, tuned: bool, kind=SFTTrainer):
     return clock.microseconds(), curve
 
 
-def labkit_arm(model, tokenizer, rows, compiled: bool):
-    config = TrainConfig(learning_rate=RATE, batch_size=BATCH, compile=compiled)
+def labkit_arm(model, tokenizer, rows, **settings):
+    config = TrainConfig(learning_rate=RATE, batch_size=BATCH, **settings)
     history = sft(model, tokenizer, rows, config, progress=False).history
     ends = [entry["seconds"] for entry in history]
     spans = np.diff(ends)[WARM - 1 :]
@@ -217,11 +218,12 @@ def run(options: argparse.Namespace) -> dict:
     arms = {
         "stock": lambda m: trl_arm(m, tokenizer, rows, tuned=False),
         "tuned": lambda m: trl_arm(m, tokenizer, rows, tuned=True),
-        "labkit": lambda m: labkit_arm(m, tokenizer, rows, compiled=False),
+        "labkit": lambda m: labkit_arm(m, tokenizer, rows),
+        "labkit_grouped": lambda m: labkit_arm(m, tokenizer, rows, group_by_length=True),
         "bare": lambda m: bare_arm(m, batches),
     }
     if options.compiled:
-        arms["labkit_compiled"] = lambda m: labkit_arm(m, tokenizer, rows, compiled=True)
+        arms["labkit_compiled"] = lambda m: labkit_arm(m, tokenizer, rows, compile=True)
     model_of = {name: copy.deepcopy(first) for name in arms}
     model_of["bare"].model.compile(dynamic=True)
     result: dict = {"times": {n: [] for n in arms}, "curves": {}, "held_out": {}, "seconds": {}}
@@ -265,6 +267,8 @@ def summarize(result: dict) -> dict:
     result["stock_over_labkit"] = ratio(result, "stock", "labkit")
     result["tuned_over_labkit"] = ratio(result, "tuned", "labkit")
     result["labkit_over_bare"] = ratio(result, "labkit", "bare")
+    result["tuned_over_labkit_grouped"] = ratio(result, "tuned", "labkit_grouped")
+    result["labkit_grouped_over_bare"] = ratio(result, "labkit_grouped", "bare")
     if "labkit_compiled" in result["times"]:
         result["stock_over_labkit_compiled"] = ratio(result, "stock", "labkit_compiled")
         result["tuned_over_labkit_compiled"] = ratio(result, "tuned", "labkit_compiled")
@@ -290,6 +294,7 @@ def show(result: dict) -> None:
         )
     for key, goal in (
         ("stock_over_labkit", "≥ 2.7"), ("tuned_over_labkit", "≥ 1.6"), ("labkit_over_bare", "≤ 1.2"),
+        ("tuned_over_labkit_grouped", ""), ("labkit_grouped_over_bare", ""),
         ("stock_over_labkit_compiled", ""), ("tuned_over_labkit_compiled", ""),
         ("labkit_compiled_over_bare", ""),
     ):  # fmt: skip

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from . import models
 from .templates import Row, prompt_text, renderer, response
 
 Check = Callable[[Row, str], bool]
@@ -133,7 +134,7 @@ def perplexity(
     if isinstance(texts, str) or not texts:
         raise ValueError("texts: expected a list of at least one text, got "
                          + ("a single text" if texts else "none"))  # fmt: skip
-    max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+    max_length = min(max_length, models.context_length(model) or max_length)
     if max_length < 2:
         raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
     windows = [

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from labkit import models
+
 log = logging.getLogger("labkit")
 
 
@@ -80,7 +82,7 @@ def _encode(tokenizer: Any, prompt: str, number: int) -> list[int]:
 
 
 def _fit_context(model: Any, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = models.context_length(model)
     if context is None:
         return rows
     room = context - max_new_tokens

@@ -33,6 +33,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from labkit.batching import Collator, Rows, Shuffled
+from labkit.models import autocast_dtype, context_length
 from labkit.progress import Meter, Progress, check_finite
 from labkit.speed import as_before, compiled, quicken_attention, response_loss
 
@@ -291,8 +292,6 @@ def _arguments(model, config: TrainConfig, folder: str) -> SFTConfig:
 
 def _autocast(model, precision: str) -> bool:
     if precision == "auto":
-        from labkit.models import autocast_dtype
-
         return autocast_dtype(model) is torch.bfloat16
     return precision == "bf16"
 
@@ -305,7 +304,7 @@ def _check(model, tokenizer, rows: Rows, config: TrainConfig, output_dir) -> Non
         )
     if output_dir is None and config.save_steps:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     if context and rows.lengths.max() > context:
         raise ValueError(
             f"row {rows.lengths.argmax()}: expected at most {context} tokens, the model's "
