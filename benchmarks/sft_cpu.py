@@ -5,7 +5,6 @@ Arms, interleaved on the same encoded rows and the same first weights, one epoch
     stock           TRL's SFTTrainer with its defaults
     tuned           the same without gradient checkpointing, grouped by length (its own flags)
     labkit          labkit.training.sft with its defaults
-    labkit_grouped  the same with group_by_length=True, batches like those of `tuned`
     labkit_compiled the same with compile=True (`--compiled`)
     bare            a loop without a trainer: batches made beforehand, compiled (the limit)
 
@@ -192,8 +191,7 @@ def bare_batches(rows: datasets.Dataset) -> list[dict]:
     order = np.argsort(held.lengths, kind="stable")
     groups = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     np.random.default_rng(0).shuffle(groups)
-    batches = [collate([held[i] for i in group]) for group in groups]
-    return [batch["parts"][0] | {"tokens": batch["tokens"]} for batch in batches]
+    return [collate([held[i] for i in group]) for group in groups]
 
 
 @torch.no_grad()
@@ -219,7 +217,6 @@ def run(options: argparse.Namespace) -> dict:
         "stock": lambda m: trl_arm(m, tokenizer, rows, tuned=False),
         "tuned": lambda m: trl_arm(m, tokenizer, rows, tuned=True),
         "labkit": lambda m: labkit_arm(m, tokenizer, rows),
-        "labkit_grouped": lambda m: labkit_arm(m, tokenizer, rows, group_by_length=True),
         "bare": lambda m: bare_arm(m, batches),
     }
     if options.compiled:
@@ -267,8 +264,6 @@ def summarize(result: dict) -> dict:
     result["stock_over_labkit"] = ratio(result, "stock", "labkit")
     result["tuned_over_labkit"] = ratio(result, "tuned", "labkit")
     result["labkit_over_bare"] = ratio(result, "labkit", "bare")
-    result["tuned_over_labkit_grouped"] = ratio(result, "tuned", "labkit_grouped")
-    result["labkit_grouped_over_bare"] = ratio(result, "labkit_grouped", "bare")
     if "labkit_compiled" in result["times"]:
         result["stock_over_labkit_compiled"] = ratio(result, "stock", "labkit_compiled")
         result["tuned_over_labkit_compiled"] = ratio(result, "tuned", "labkit_compiled")
@@ -294,7 +289,6 @@ def show(result: dict) -> None:
         )
     for key, goal in (
         ("stock_over_labkit", "≥ 2.7"), ("tuned_over_labkit", "≥ 1.6"), ("labkit_over_bare", "≤ 1.2"),
-        ("tuned_over_labkit_grouped", ""), ("labkit_grouped_over_bare", ""),
         ("stock_over_labkit_compiled", ""), ("tuned_over_labkit_compiled", ""),
         ("labkit_compiled_over_bare", ""),
     ):  # fmt: skip

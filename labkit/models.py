@@ -307,7 +307,7 @@ def _swap(scratch: Path, folder: Path) -> None:
 def context_length(model: Any) -> int | None:
     """Tokens that fit into the model's context, those of a soft prompt or prefix taken off."""
     context = getattr(model.config, "max_position_embeddings", None)
-    prompt = getattr(model, "active_peft_config", None)
+    prompt: Any = getattr(model, "active_peft_config", None)
     virtual = prompt.num_virtual_tokens if getattr(prompt, "is_prompt_learning", False) else 0
     return context and context - virtual
 

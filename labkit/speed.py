@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, TrainerCall
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from labkit.batching import parts
+
 # Right padding needs no mask in a causal model; older ones, such as GPT-2, ask for one all the same.
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in record.getMessage()
@@ -32,16 +34,16 @@ def response_loss(model, batch: dict, fused: bool = False) -> torch.Tensor:
     With `fused`, the head that TRL's trainer puts on the model computes it in tiles, which
     keeps a large vocabulary out of a GPU's memory and wastes time on a CPU.
     """
-    return torch.stack([_part_loss(model, part, fused) for part in batch["parts"]]).sum()
+    return torch.stack([_part_loss(model, part, fused) for part in parts(batch)]).sum()
 
 
-def _part_loss(model, inputs: dict, fused: bool) -> torch.Tensor:
+def _part_loss(model, batch: dict, fused: bool) -> torch.Tensor:
     # The model runs as usual, wrapped or not; only what enters its output head is narrowed
     # from (B, T, hidden) to (N, hidden), so whatever it does to its logits still holds.
-    ids, positions, targets = (inputs[k] for k in ("input_ids", "positions", "targets"))
+    ids, positions, targets = (batch[k] for k in ("input_ids", "positions", "targets"))
     forward = {"input_ids": ids, "use_cache": False}
-    if "position_ids" in inputs:
-        forward["position_ids"] = inputs["position_ids"]
+    if "position_ids" in batch:
+        forward["position_ids"] = batch["position_ids"]
     if fused:
         labels = torch.full_like(ids, -100).view(-1).index_copy(0, positions, targets)
         return -model(

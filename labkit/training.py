@@ -6,9 +6,9 @@ The loss is the mean negative log-likelihood of the response tokens,
 
 the same number as TRL's, computed for less: the hidden states of the N positions that
 predict a response token are picked out before the output head, so neither prompts nor
-padding cost logits. On a CPU a batch is cut so that little is padded, with the same gradient;
-no mask is built for right padding, nothing is recomputed, and losses are read off the device once an entry of the history
-(`batching`, `speed` and `progress`).
+padding cost logits. On a CPU short rows share a line, so that little is padded; no mask is
+built for right padding, nothing is recomputed, and losses are read off the device once an entry
+of the history (`batching`, `speed` and `progress`).
 Preferences and rewards are not here; a technique changes the model before it comes here.
 """
 
@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.training_args import OptimizerNames
@@ -53,10 +54,9 @@ class TrainConfig:
     `batch_size` counts rows a step and device, `warmup_ratio` is a share of all steps,
     `max_steps` = -1 leaves the length to `epochs`. `precision`: "auto" (bfloat16 autocast
     where it pays), "bf16" or "fp32". `compile`: False, True, or "auto", which compiles the
-    model once the rest of the run is seen to take longer than compiling saves. `packing` lays
-    the rows of a batch end to end instead of padding them; `group_by_length` takes rows of like
-    length together, which pads less and learns less a step (see `batching`). A checkpoint is
-    written every `save_steps` steps (0: never); `resume` names the folder of an earlier run's
+    model once the rest of the run is seen to take longer than compiling saves. `packing` lets
+    short rows of a batch share a line instead of padding each: True, False, or "auto", on a CPU
+    where the model keeps such rows apart. A checkpoint is written every `save_steps` steps (0: never); `resume` names the folder of an earlier run's
     checkpoints, or a folder above it, and training goes on from the last whole one.
     """
 
@@ -74,8 +74,7 @@ class TrainConfig:
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     compile: bool | str = False
-    packing: bool = False
-    group_by_length: bool = False
+    packing: bool | str = "auto"
     save_steps: int = 0
     resume: str = ""
 
@@ -95,6 +94,8 @@ class TrainConfig:
         _require(self, "optimizer", self.optimizer in names, f"one of {names}")
         known = self.compile in (False, True, "auto")
         _require(self, "compile", known, "False, True or 'auto'")
+        known = self.packing in (False, True, "auto")
+        _require(self, "packing", known, "False, True or 'auto'")
 
 
 def _require(config: TrainConfig, name: str, holds: bool, expected: str) -> None:
@@ -198,15 +199,17 @@ class FastSFTTrainer(SFTTrainer):
             args=_arguments(model, config, folder),
             train_dataset=dataset,
             processing_class=tokenizer,
-            data_collator=Collator(tokenizer.pad_token_id, config.packing),
+            data_collator=Collator(tokenizer.pad_token_id),
         )
         self.train_dataset, self.config, self.meter = rows, config, meter
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of a step
         self.extra_loss: Callable[[Any], torch.Tensor] | None = None
         self.fused = self.args.device.type == "cuda" and not _soft_prompt(model)
         self._sum, self._tokens = 0.0, 0
+        self.data_collator.packing = _packing(model, rows, config)
         # Several passes for one gradient are for a single process: DDP expects one.
-        self.data_collator.cut = self.args.use_cpu and self.accelerator.num_processes == 1
+        alone = self.args.use_cpu and self.accelerator.num_processes == 1
+        self.data_collator.cut = alone and not self.data_collator.packing
         if self.args.bf16 and self.args.use_cpu:
             quicken_attention(model)
         for callback in (PrinterCallback, ProgressCallback):
@@ -232,8 +235,7 @@ class FastSFTTrainer(SFTTrainer):
         return grad_norm
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = self.train_dataset.lengths if self.config.group_by_length else None
-        return Shuffled(len(self.train_dataset), self.config.seed, lengths, self.config.batch_size)
+        return Shuffled(len(self.train_dataset), self.config.seed)
 
     def _save_checkpoint(self, model, trial):
         entry = self.meter.flush(self.state.global_step)  # raises before a bad model is kept
@@ -318,8 +320,36 @@ def _check(model, tokenizer, rows: Rows, config: TrainConfig, output_dir) -> Non
         )
     if config.compile and next(model.parameters()).device.type == "cpu" and not _compiler():
         raise ValueError("compile: expected a C++ compiler (g++) on the path, got none")
-    if config.packing and _soft_prompt(model):
-        raise ValueError("packing: expected False with a soft prompt or prefix, got True")
+    if config.packing is True and not keeps_apart(model, rows):
+        raise ValueError("packing: expected a model in which rows that share a line do not see each "
+                         "other; this one mixes them, so leave packing off")  # fmt: skip
+
+
+def _packing(model, rows: Rows, config: TrainConfig) -> bool:
+    if config.packing != "auto":
+        return bool(config.packing)
+    return next(model.parameters()).device.type == "cpu" and keeps_apart(model, rows)
+
+
+@torch.no_grad()
+def keeps_apart(model, rows: Rows) -> bool:
+    """Whether rows packed into a line have the loss that they have alone, tried on a few rows.
+
+    A soft prompt stands before a line's first row only, and some architectures carry a state
+    across position ids that begin anew.
+    """
+    if _soft_prompt(model):
+        return False
+    few = [rows[i] for i in np.argsort(rows.lengths, kind="stable")[:4]]
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    batches = [Collator(0, packing)(few) for packing in (True, False)]
+    packed, alone = (
+        response_loss(model, {k: torch.as_tensor(v, device=device) for k, v in batch.items()})
+        for batch in batches
+    )
+    model.train(training)
+    return torch.allclose(packed, alone, rtol=1e-4 if model.dtype == torch.float32 else 2e-2)
 
 
 def _soft_prompt(model) -> bool:

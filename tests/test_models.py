@@ -57,7 +57,7 @@ def test_a_loss_and_a_padded_batch_bring_no_warning(tiny_folder, arch, caplog, m
     part = {"input_ids": ids, "positions": places, "targets": targets}
     with caplog.at_level(logging.WARNING):
         model(input_ids=ids, labels=ids)
-        speed.response_loss(model, {"parts": [part]})
+        speed.response_loss(model, part)
     assert "transformers" not in " ".join(record.name for record in caplog.records)
 
 

@@ -1,5 +1,6 @@
 """Supervised training: the loss against independent ones, and what a run must guarantee."""
 
+import itertools
 import json
 import math
 
@@ -9,10 +10,10 @@ import torch
 from datasets import Dataset
 
 from labkit import speed
-from labkit.batching import Collator, Rows, Shuffled, cuts
+from labkit.batching import Collator, Rows, Shuffled, cuts, lines, parts
 from labkit.progress import Meter
 from labkit.speed import response_loss
-from labkit.training import FastSFTTrainer, TrainConfig, sft
+from labkit.training import FastSFTTrainer, TrainConfig, keeps_apart, sft
 
 QUICK = dict(precision="fp32", batch_size=8, learning_rate=3e-3)
 
@@ -104,10 +105,7 @@ def test_fused_head_and_packing_give_the_same_loss(arch, tiny_model, tiny_tokeni
     model, dataset = tiny_model(arch), copy_rows(6)
     expected = response_loss(model, collate(dataset)).item()
     packed = collate(dataset, packing=True)
-    assert packed["parts"][0]["input_ids"].shape == (
-        1,
-        sum(len(ids) for ids in dataset["input_ids"]),
-    )
+    assert packed["input_ids"].shape == (1, 128)
     assert response_loss(model, packed).item() == pytest.approx(expected, rel=1e-5)
     make_trainer(model, tiny_tokenizer, dataset, tmp_path)  # puts TRL's head on the model
     fused = response_loss(model, collate(dataset), fused=True)
@@ -226,15 +224,6 @@ def test_resuming_without_a_complete_checkpoint_is_refused(tiny_model, tiny_toke
         sft(tiny_model(), tiny_tokenizer, copy_rows(8), TrainConfig(resume=str(tmp_path)))
 
 
-def test_grouped_by_length_each_row_once_and_little_padding():
-    lengths = np.random.default_rng(0).integers(5, 100, size=70)
-    order = list(Shuffled(70, 0, lengths, batch=16))
-    assert sorted(order) == list(range(70))
-    batches = [lengths[order[i : i + 16]] for i in range(0, 64, 16)]
-    assert max(np.ptp(batch) for batch in batches) < 40 < np.ptp(lengths)
-    assert order != list(Shuffled(70, 1, lengths, batch=16))
-
-
 def test_checkpoints_hold_weights_as_safetensors(tiny_model, tiny_tokenizer, tmp_path):
     config = TrainConfig(max_steps=2, save_steps=2, **QUICK)
     sft(tiny_model(), tiny_tokenizer, copy_rows(16), config, output_dir=tmp_path)
@@ -292,7 +281,7 @@ def test_only_the_adapter_trains(tiny_model, tiny_tokenizer):
 def test_bfloat16_is_used_each_time_and_gone_afterwards(tiny_model, tiny_tokenizer):
     model, kinds = tiny_model(), []
     handle = model.lm_head.register_forward_hook(lambda m, args, out: kinds.append(out.dtype))
-    config = TrainConfig(max_steps=2, **(QUICK | {"precision": "bf16"}))
+    config = TrainConfig(max_steps=2, packing=False, **(QUICK | {"precision": "bf16"}))
     for _ in range(2):
         sft(model, tiny_tokenizer, copy_rows(16), config)
     assert kinds == [torch.bfloat16] * 4
@@ -375,8 +364,6 @@ def test_the_order_holds_each_row_once_and_follows_seed_and_epoch():
 
 
 def test_cuts_cost_no_more_than_any_other():
-    from itertools import combinations
-
     def price(lengths, ends):
         starts = [0, *ends[:-1]]
         parts = zip(starts, ends, strict=True)
@@ -385,22 +372,49 @@ def test_cuts_cost_no_more_than_any_other():
     random = np.random.default_rng(0)
     for _ in range(5):
         lengths = np.sort(random.integers(5, 200, size=9))
-        every = [[*c, 9] for k in range(9) for c in combinations(range(1, 9), k)]
+        every = [[*c, 9] for k in range(9) for c in itertools.combinations(range(1, 9), k)]
         assert price(lengths, cuts(lengths)) == min(price(lengths, ends) for ends in every)
 
 
-def test_a_cut_batch_has_the_gradient_of_the_whole(arch, tiny_model):
+def test_lines_hold_each_row_once_and_little_air():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = random.integers(5, 129, size=40).tolist()
+        found = lines(lengths, 128)
+        assert sorted(row for line in found for row in line) == list(range(40))
+        filled = [sum(lengths[row] for row in line) for line in found]
+        assert max(filled) <= 128
+        # No two lines could be one: otherwise the later line's rows had fitted into the earlier.
+        assert all(a + b > 128 for a, b in itertools.combinations(filled, 2))
+
+
+def test_a_packed_batch_has_the_gradient_of_the_padded(arch, tiny_model):
     model = tiny_model(arch)
     random = np.random.default_rng(0)
     ids = [random.integers(5, 400, size=n).tolist() for n in (90, 7, 40, 8, 200, 42)]
     masks = [[0] * 3 + [1] * (len(row) - 3) for row in ids]
     data = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
-    batch = collate(data, cut=True)
-    assert len(batch["parts"]) > 1 and batch["tokens"] == sum(map(len, ids))
-    assert sum(part["input_ids"].numel() for part in batch["parts"]) < 1.1 * batch["tokens"]
+    batch = collate(data, packing=True)
+    assert batch["input_ids"].shape == (2, 224) and batch["tokens"] == sum(map(len, ids))
     count = len(batch["shift_labels"])
+    assert count == sum(map(sum, masks))
     grads = gradients(model, response_loss(model, collate(data)) / count)
     assert_same_gradients(gradients(model, response_loss(model, batch) / count), grads)
+    cut = collate(data, cut=True)
+    assert len(cut["parts"]) > 1
+    assert sum(p["input_ids"].numel() for p in parts(cut)) < 1.1 * batch["tokens"]
+    assert_same_gradients(gradients(model, response_loss(model, cut) / count), grads)
+
+
+def test_a_model_that_mixes_rows_of_a_line_is_found_out(tiny_model, tiny_tokenizer, arch):
+    model, data = tiny_model(arch), copy_rows(8)
+    assert keeps_apart(model, Rows(data))
+    forward = model.forward
+    model.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    assert not keeps_apart(model, Rows(data))
+    with pytest.raises(ValueError, match="packing: "):
+        sft(model, tiny_tokenizer, data, TrainConfig(packing=True, **QUICK))
+    sft(model, tiny_tokenizer, data, TrainConfig(max_steps=1, **QUICK))  # pads instead
 
 
 @pytest.mark.parametrize(
