@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "labkit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers",
+    "labkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers",
     "safetensors", "numpy", "wandb", "papermill",
 )  # fmt: skip
 
