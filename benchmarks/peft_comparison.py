@@ -30,12 +30,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +40,7 @@ import grid
 import torch
 from lora_rank import FULL, TUNING_SEED, beyond, score
 
-from labkit import data, evaluation, models, speed, tracking, training
+from labkit import data, evaluation, memory, models, speed, tracking, training
 from labkit.techniques import adapter, full, lora, prefix, qlora
 
 RANK, LENGTH, BOTTLENECK = 8, 16, 24
@@ -114,26 +111,11 @@ def training_costs(method: str, base: str, train: Any, batch_size: int) -> dict[
         return training.sft(network, tokenizer, few, config, progress=False)
 
     whole, network = attached("full", base), attached(method, base)
-    peak = held(network) + allocated(lambda: steps(network, 2))
+    with memory.measured(network) as measured:
+        steps(network, 2)
     rounds = [[steps(n, STEPS).tokens_per_second for n in (whole, network)] for _ in range(ROUNDS)]
-    return {"peak_bytes": peak, "speed": statistics.median(mine / its for its, mine in rounds[1:])}
-
-
-def held(network: Any) -> int:
-    """Bytes of all weights, and of the constants of those in four bits."""
-    states = [p.quant_state for p in network.parameters() if hasattr(p, "quant_state")]
-    nested = [t for s in states if s.nested for t in (s.state2.absmax, s.offset)]
-    tensors = [*network.parameters(), *network.buffers(), *(s.absmax for s in states), *nested]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def allocated(action: Callable[[], Any]) -> int:
-    """The most bytes of tensors that `action` adds, on a CPU."""
-    with torch.autograd.profiler.profile(profile_memory=True) as record:
-        action()
-    events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
+    ratio = statistics.median(mine / its for its, mine in rounds[1:])
+    return {"peak_bytes": measured.peak_bytes, "speed": ratio}
 
 
 def perplexity(network: Any, tokenizer: Any) -> float:
@@ -230,7 +212,6 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--json", type=Path, required=True)
     args = p.parse_args()
-    os.environ |= {"KINETO_LOG_LEVEL": "99"}  # the profiler's own messages
     shared = dict(base=args.base, rows=args.rows, test_rows=args.test_rows)
     shared |= dict(epochs=args.epochs, batch_size=args.batch_size)
 

@@ -66,6 +66,7 @@ def list_notebooks() -> None:
 @click.option("--output", type=_PATH, help="Put runs/ into this folder, not into the project's.")
 @_all
 @click.option("--keep-going", is_flag=True, help="After a failure, run the others too.")
+@click.option("--force", is_flag=True, help="Run even what the planner says cannot fit.")
 def run(
     names: tuple[str, ...],
     parameter: tuple[tuple[str, str], ...],
@@ -74,6 +75,7 @@ def run(
     output: Path | None,
     all_: bool,
     keep_going: bool,
+    force: bool,
 ) -> None:
     """Run notebooks headless.
 
@@ -85,6 +87,8 @@ def run(
         values |= _yaml(file, "-f") if file else {}
         values |= dict(parameter)
         plans.append((path, notebooks.validate(values, path)))
+        if not force:
+            _refuse_what_cannot_fit(*plans[-1])
     failed = []
     for path, values in plans:
         if not _run_one(path, values, output):
@@ -191,6 +195,15 @@ def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
     if not names:
         raise ValueError("which notebook? Give names (see `labkit list`) or --all")
     return [notebooks.find(name) for name in names]
+
+
+def _refuse_what_cannot_fit(path: Path, values: dict[str, Any]) -> None:
+    """Asks the planner about models that are not the embedded one, which fits wherever it runs."""
+    defaults = {name: p.default for name, p in notebooks.parameters(path).items()}
+    if (defaults | values).get("model", "tinytown") != "tinytown":
+        from labkit import memory
+
+        memory.refuse(path.stem, defaults | values)
 
 
 def _profile(profile: str, path: Path) -> dict[str, Any]:

@@ -143,6 +143,22 @@ def test_later_sources_of_parameters_win(library, call, monkeypatch):
     assert given == [{"rank": 4, "data": "last"}, {"rank": 32}, {"rank": 16}]
 
 
+def test_what_cannot_fit_is_refused_unless_forced(library, call, monkeypatch, tiny_folder):
+    code = "max_length = 256\nbatch_size = 16"
+    nb = factory.tiny(CODE)
+    nb.cells[1].source += f"\nmodel = 'tinytown'\n{code}"
+    factory.save(nb, library / "notebooks" / "02_lora.ipynb")
+    ran = []
+    monkeypatch.setattr(cli, "_run_one", lambda path, *_: ran.append(path.stem) or True)
+    huge = ["run", "02_lora", "-p", "model", tiny_folder(), "-p", "max_length", "9000000"]
+    status, _, err = call(*huge)
+    assert status == 2 and not ran and "Needs" in err and "--force" in err
+    assert "Traceback" not in err
+    status, _, err = call(*huge[:-3])
+    assert status == 0, err
+    assert call(*huge, "--force")[0] == 0 and len(ran) == 2
+
+
 def test_keep_going_runs_the_rest_and_still_fails(library, call, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "_run_one", lambda path, *_: seen.append(path.stem) or False)
