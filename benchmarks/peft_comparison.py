@@ -52,7 +52,8 @@ ROOMS: dict[str, tuple[Any, Any]] = {
     "prefix": (prefix, prefix.PrefixConfig(LENGTH)),
     "adapter": (adapter, adapter.AdapterConfig(BOTTLENECK)),
 }
-SWEEPS = {  # where a method's rate was found, and what its own runs are called there
+# Where a method's rate was found, and what its own runs are called there.
+SWEEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("lora_rank", {"rank": FULL}),
     "LoRA": ("lora_rank", {"rank": RANK}),
     "prefix": ("prefix_length", {"kind": "plain", "length": LENGTH}),
