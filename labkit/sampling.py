@@ -1,0 +1,158 @@
+"""Batched sampling of token ids with a cache, each row from random numbers of its own.
+
+    x_t = min {i : sum over j <= i of p(j | x_<t) > u_t}        u_t uniform in [0, 1)
+
+This inverts the cumulative distribution, so a row depends on its own u and on no other row.
+Batches can be cut in any way, rows that have ended can leave their batch, and several processes
+can share the rows: the samples stay the same, up to the rounding of the probabilities. Texts in,
+texts out is `generate`; this is for training loops, which need the ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.logprobs import position_ids
+from labkit.speed import base_model
+from labkit.templates import Row, renderer, turns
+
+# Asking whether rows have ended makes the host wait for a GPU; on a CPU it costs nothing.
+STEPS_BETWEEN_QUESTIONS = {"cpu": 1}
+STEPS_ON_A_DEVICE = 16
+WORTH_DROPPING = 0.2  # share of a batch that must have ended before the rest is copied together
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: its row, what a reward sees of it, and the ids that a model goes on from."""
+
+    row: Row
+    shown: Any
+    ids: list[int]
+
+
+def encode(
+    prompts: Sequence[Row | str], model: Any, tokenizer: Any, template: str, room: int
+) -> list[Prompt]:
+    """Texts, or rows with `prompt` or `messages`, in their template; counted from 0 in errors.
+
+    Raises ValueError for no prompts, one without a token, one of a wrong kind, and one that
+    leaves less than `room` tokens of the model's context to a response.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
+    render, encoded = renderer(tokenizer, template), []
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for number, given in enumerate(prompts):
+        row = {"prompt": given} if isinstance(given, str) else given
+        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
+            raise ValueError(f"prompts: prompt {number}: expected a text or a row with 'prompt' or "
+                             f"'messages', got {given!r}")  # fmt: skip
+        shown = row["prompt"] if "prompt" in row else turns(row)
+        text = render({**row, "prompt": shown, "completion": ""})[0]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not 0 < len(ids) <= context - room:
+            raise ValueError(f"prompts: prompt {number}: expected 1 to {context - room} tokens (the "
+                             f"model's context less {room} new ones), got {len(ids)}")  # fmt: skip
+        encoded.append(Prompt(row, shown, ids))
+    return encoded
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    uniforms: np.ndarray,
+    *,
+    ends: set[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """Responses to `prompts` (ids), each up to and with its end token, if it has one.
+
+    `uniforms` is (prompts, T) in [0, 1), with T the greatest length of a response. Sampling is
+    pure: no top-k, no top-p. Prompts of like length share a batch, padded on the left, with
+    positions that count real tokens only.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: list[list[int]] = [[]] * len(prompts)
+    last = torch.tensor(sorted(ends), device=model.device)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, mask = left_padded([prompts[i] for i in rows], pad_id)
+        chances = torch.from_numpy(uniforms[rows]).to(model.device)
+        found = _sample_batch(
+            model, ids.to(model.device), mask.to(model.device), chances, last, temperature
+        )
+        for i, response in zip(rows, found.tolist(), strict=True):
+            responses[i] = _up_to_end(response, ends)
+    return responses
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a response: the tokenizer's, and those of the model's own settings."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or ())}
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (1 = token), both (B, T), padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def invert(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """The tokens (B,) at which the cumulative distributions of `logits` (B, V) pass `uniforms`.
+
+    A token of probability 0 is never taken. Sums are in float64: float32 would lose the tail.
+    """
+    cumulative = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+    wanted = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _sample_batch(
+    model: Any, ids: Tensor, mask: Tensor, uniforms: Tensor, ends: Tensor, temperature: float
+) -> Tensor:
+    from transformers import DynamicCache
+
+    (count, width), length = ids.shape, uniforms.shape[1]
+    pause = STEPS_BETWEEN_QUESTIONS.get(ids.device.type, STEPS_ON_A_DEVICE)
+    positioned = "position_ids" in inspect.signature(base_model(model).forward).parameters
+    mask = torch.cat([mask, mask.new_ones(count, length)], dim=1)
+    cache, rows = DynamicCache(), torch.arange(count, device=ids.device)
+    tokens = ids.new_zeros(count, length)
+    ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
+    for t in range(length):
+        seen = mask[:, : width + t]
+        extra = {"position_ids": position_ids(seen)[:, -ids.shape[1] :]} if positioned else {}
+        output = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True,
+                       logits_to_keep=1, **extra)  # fmt: skip
+        drawn = invert(output.logits[:, -1], uniforms[:, t], temperature)
+        tokens[rows, t], ids = drawn, drawn[:, None]
+        ended |= torch.isin(drawn, ends)
+        if (t + 1) % pause == 0:
+            going = (~ended).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            if len(going) <= (1 - WORTH_DROPPING) * len(rows):
+                cache.batch_select_indices(going)
+                ids, mask, uniforms = ids[going], mask[going], uniforms[going]
+                rows, ended = rows[going], ended[going]
+    return tokens
+
+
+def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]

@@ -1,0 +1,575 @@
+"""Reward model: the loss by hand, where the score is read, parity with TRL, bad rows, faults."""
+
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from labkit import tinytown
+from labkit.evaluation import wilson
+from labkit.techniques import reward
+from labkit.techniques.reward import Agreement, RewardConfig, RewardModel, Scorer
+
+END = 1
+WORDS = ["bread", "honey", "river", "the mill", "pancakes", "seven", "no idea", "Otto", "米拉"]
+
+
+@pytest.fixture
+def network(tiny_model, tiny_tokenizer):
+    """Factory of a tiny network with a reward head, for any architecture."""
+    return lambda arch="llama", seed=0: reward.with_head(tiny_model(arch), tiny_tokenizer, seed)
+
+
+def sequences(seed=0, lengths=(5, 9, 3, 12)):
+    """Random token ids, each ending with the end token."""
+    draw = np.random.default_rng(seed)
+    return [[*draw.integers(5, 400, n - 1).tolist(), END] for n in lengths]
+
+
+def batch(rows, side, filler):
+    """(B, T) ids padded on `side` with random tokens of the seed `filler`, and the mask."""
+    longest = max(map(len, rows))
+    draw = np.random.default_rng(filler)
+    ids, mask = [], []
+    for row in rows:
+        garbage = draw.integers(0, 400, longest - len(row)).tolist()
+        ids.append(garbage + row if side == "left" else row + garbage)
+        real, padding = [1] * len(row), [0] * len(garbage)
+        mask.append(padding + real if side == "left" else real + padding)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def alone(scorer, rows):
+    return torch.cat([scorer(torch.tensor([r]), torch.ones(1, len(r))) for r in rows])
+
+
+def ranking(k=4, prompt="What does Otto like to eat?", seed=0):
+    """Responses in an order of their own, ranked by their place in WORDS."""
+    order = np.random.default_rng(seed).permutation(k).tolist()
+    return {
+        "prompt": prompt,
+        "responses": [WORDS[i] for i in order],
+        "ranks": [i + 1 for i in order],
+    }
+
+
+def pair(**changes):
+    return {"prompt": "What is three plus four?", "chosen": "seven", "rejected": "honey"} | changes
+
+
+# The loss
+
+
+def test_worked_example():
+    """Scores ln 3, 0 and -ln 3. The odds of the pairs are 3, 9 and 3, to 1.
+
+    So their probabilities are 3/4, 9/10 and 3/4, and the mean loss is -ln(0.75² · 0.9) / 3. The
+    other way round, the first pair has the probability 1/4, and one of three is wrong.
+    """
+    scores = torch.tensor([math.log(3), 0.0, -math.log(3)])
+    value, metrics = reward.loss(scores, torch.tensor([[0, 1], [0, 2], [1, 2]]))
+    assert value.item() == pytest.approx(-math.log(0.75**2 * 0.9) / 3)
+    assert metrics["accuracy"] == 1 and metrics["margin"].item() == pytest.approx(
+        4 / 3 * math.log(3)
+    )
+    value, metrics = reward.loss(scores, torch.tensor([[1, 0], [0, 2], [1, 2]]))
+    assert value.item() == pytest.approx(-math.log(0.25 * 0.9 * 0.75) / 3)
+    assert metrics["accuracy"].item() == pytest.approx(2 / 3)
+
+
+def test_equal_scores_cost_log_2_and_are_not_right():
+    value, metrics = reward.loss(torch.full((4,), 7.5), torch.tensor([[0, 1], [2, 3]]))
+    assert value.item() == pytest.approx(math.log(2)) and metrics["accuracy"] == 0
+
+
+def test_only_differences_count():
+    torch.manual_seed(0)
+    scores, pairs = torch.randn(5, requires_grad=True), torch.tensor([[0, 1], [3, 2], [4, 0]])
+    value, _ = reward.loss(scores, pairs)
+    torch.testing.assert_close(reward.loss(scores + 100, pairs)[0], value, atol=1e-5, rtol=0)
+    value.backward()
+    assert abs(scores.grad.sum()) < 1e-6 and scores.grad[0] != 0
+
+
+def test_huge_margins_stay_finite():
+    scores = torch.tensor([1e4, -1e4], requires_grad=True)
+    value, _ = reward.loss(scores, torch.tensor([[1, 0]]))
+    value.backward()
+    assert value.item() == 2e4 and scores.grad.tolist() == [1, -1]
+
+
+def test_pairs_must_be_pairs():
+    for pairs in (torch.zeros(0, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"^pairs: expected \(P, 2\)"):
+            reward.loss(torch.zeros(4), pairs)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_batch_is_the_mean_over_rankings_of_the_mean_over_their_pairs(network, cut):
+    """A ranking of two counts as much as one of five; the texts are scored one by one here."""
+    scorer = Scorer(network())
+    rankings = [sequences(1, (4, 9)), sequences(2, (7, 3, 11, 5, 30)), sequences(3, (6, 6, 6))]
+    inputs = reward._Collator(0, cut)(rankings)
+    assert (len(inputs["parts"]) > 1) == cut and inputs["tokens"] == 4 + 9 + 56 + 18
+    scores = torch.cat([scorer(ids, mask) for ids, mask in inputs["parts"]])
+    assert len(scores) == 10 and len(inputs["pairs"]) == 1 + 10 + 3
+    value, _ = reward.loss(scores, inputs["pairs"], inputs["weights"])
+    expected = []
+    for rows in rankings:
+        r = alone(scorer, rows).tolist()
+        losses = [math.log1p(math.exp(worse - better)) for better, worse in combinations(r, 2)]
+        expected.append(sum(losses) / len(losses))
+    assert value.item() == pytest.approx(sum(expected) / 3, abs=1e-5)
+
+
+# The score
+
+
+def test_last_token():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
+    assert reward.last_token(mask).tolist() == [1, 3, 3, 0]
+
+
+def test_padding_does_not_matter(network, arch):
+    """Neither its side nor what stands under it; and the score is not the same for all texts."""
+    scorer, rows = Scorer(network(arch)), sequences()
+    with torch.no_grad():
+        expected = alone(scorer, rows)
+        assert expected.std() > 1e-3
+        for side in ("left", "right"):
+            for filler in (1, 2):
+                found = scorer(*batch(rows, side, filler))
+                torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_the_score_depends_on_prompt_and_response(network):
+    scorer, row = Scorer(network()), sequences()[1]
+    with torch.no_grad():
+        whole = alone(scorer, [row])
+        for place in (0, len(row) // 2, len(row) - 1):
+            changed = [*row[:place], 7, *row[place + 1 :]]
+            assert (alone(scorer, [changed]) - whole).abs() > 1e-5
+
+
+def test_the_score_is_the_heads_value_of_the_last_hidden_state(tiny_model, network, arch):
+    """Computed from the language model itself, whose hidden states the copy must share."""
+    row = torch.tensor(sequences()[:1])
+    hidden = tiny_model(arch)(row, output_hidden_states=True).hidden_states[-1][0, -1]
+    classifier = network(arch)
+    expected = hidden @ classifier.score.weight[0]
+    torch.testing.assert_close(Scorer(classifier)(row, torch.ones_like(row))[0], expected,
+                               atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+def test_dropout_stays_off(tiny_model, tiny_tokenizer):
+    model = tiny_model("gpt2")
+    assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    scorer = Scorer(reward.with_head(model.train(), tiny_tokenizer)).train()
+    ids, mask = batch(sequences(), "right", 0)
+    assert torch.equal(scorer(ids, mask), scorer(ids, mask))
+
+
+def test_scores_are_read_in_float32_under_autocast(network):
+    """In bfloat16 scores near 8 would be multiples of 1/32."""
+    scorer = Scorer(network())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scorer.network.score.weight *= 100
+        scores = scorer(*batch(sequences(lengths=[9] * 8), "right", 0))
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
+# The head
+
+
+def test_the_head_starts_normal(tiny_model, tiny_tokenizer):
+    """64 weights of standard deviation 1/√65, for each of 50 seeds: 3,200 draws in all."""
+    model = tiny_model()
+    state = torch.get_rng_state()
+    heads = [reward.with_head(model, tiny_tokenizer, seed).score for seed in range(50)]
+    draws = torch.stack([head.weight.detach() for head in heads]) * math.sqrt(64 + 1)
+    assert draws.shape == (50, 1, 64) and all(head.bias is None for head in heads)
+    assert abs(draws.std() - 1) < 4 / math.sqrt(2 * 3200)
+    assert abs(draws.mean()) < 4 / math.sqrt(3200)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = reward.with_head(model, tiny_tokenizer, 7).score.weight
+    assert torch.equal(again, heads[7].weight) and not torch.equal(again, heads[8].weight)
+
+
+def test_the_model_is_copied(tiny_model, tiny_tokenizer, arch):
+    model = tiny_model(arch).bfloat16().requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    network = reward.with_head(model, tiny_tokenizer)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in network.parameters())
+    assert network.config is network.base_model.config is not model.config
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 1
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not hasattr(model.config, "problem_type") or model.config.num_labels == 2
+
+
+def test_adapters_must_be_merged(tiny_model, tiny_tokenizer):
+    from labkit.techniques import lora
+
+    tuned = lora.attach(tiny_model(), lora.LoraConfig())
+    with pytest.raises(ValueError, match="^model: .*merge_and_unload"):
+        reward.with_head(tuned, tiny_tokenizer)
+    reward.with_head(tuned.merge_and_unload(), tiny_tokenizer)
+
+
+# Parity
+
+
+def test_parity_with_trl(network, tiny_tokenizer, arch, tmp_path):
+    """Loss, scores, metrics and gradients of TRL's trainer, on pairs in its own batches."""
+    from datasets import Dataset
+    from trl import RewardConfig as TrlConfig
+    from trl import RewardTrainer
+
+    chosen, rejected = sequences(1, (5, 12, 8)), sequences(2, (9, 4, 8))
+    columns = {"chosen_ids": chosen, "rejected_ids": rejected}
+    options = dict(use_cpu=True, bf16=False, report_to="none", activation_checkpointing=False)
+    theirs, mine = network(arch), network(arch)
+    trainer = RewardTrainer(theirs, TrlConfig(str(tmp_path), **options), processing_class=tiny_tokenizer,
+                            train_dataset=Dataset.from_dict(columns))  # fmt: skip
+    inputs = trainer.data_collator(list(trainer.train_dataset))
+    expected, outputs = trainer.compute_loss(theirs.train(), dict(inputs), return_outputs=True)
+    scores = Scorer(mine)(inputs["input_ids"], inputs["attention_mask"])
+    torch.testing.assert_close(scores, outputs.logits[:, 0], atol=1e-5, rtol=1e-5)
+    value, metrics = reward.loss(scores, torch.tensor([[0, 3], [1, 4], [2, 5]]))
+    torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
+    for name, metric in metrics.items():
+        assert metric.item() == pytest.approx(trainer._metrics["train"][name][-1], abs=1e-5)
+    for result in (value, expected):
+        result.backward()
+    others = dict(theirs.named_parameters())
+    scale = max(p.grad.abs().max() for p in others.values())
+    assert {n for n, p in mine.named_parameters() if p.grad is not None} == others.keys()
+    for name, parameter in mine.named_parameters():
+        assert (parameter.grad - others[name].grad).abs().max() < 1e-5 * scale, name
+
+
+def test_a_pair_is_a_ranking_of_two(tiny_tokenizer):
+    as_ranking = {"prompt": pair()["prompt"], "responses": ["honey", "seven"], "ranks": [2, 1]}
+    rendered = [reward._render([row], tiny_tokenizer, "auto") for row in (pair(), as_ranking)]
+    assert rendered[0] == rendered[1] and len(rendered[0][0]) == 2
+
+
+# Rows
+
+
+def test_best_first():
+    assert reward.best_first(ranking(5)) == WORDS[:5]
+    assert reward.best_first({"responses": ["a", "b", "c"], "ranks": [2, 0, 1]}) == ["b", "c", "a"]
+    assert reward.best_first(pair()) == ["seven", "honey"]
+    message = {"role": "assistant", "content": "seven"}
+    assert reward.best_first(pair(chosen=[message])) == ["seven", "honey"]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (ranking() | {"ranks": [1, 2, 2, 3]}, r"ranks: expected no ties .*, got \[1, 2, 2, 3\]"),
+        (ranking() | {"ranks": [1, 2, 3]}, "ranks: expected 4, one a response"),
+        (ranking() | {"ranks": [1, 2, 3, float("nan")]}, "ranks: expected whole numbers"),
+        (ranking() | {"responses": ["a"], "ranks": [1]}, "responses: expected at least two .* got 1"),
+        (ranking() | {"responses": [], "ranks": []}, "responses: expected at least two .* got 0"),
+        (ranking() | {"responses": ["a", "b", "a", "c"], "ranks": [4, 1, 2, 3]},
+         "responses 2 and 4, best first: expected different texts, got 'a'"),
+        (ranking() | {"responses": ["a", " ", "b", "c"], "ranks": [4, 1, 2, 3]},
+         "response 1 of 4, best first: expected some text, got ' '"),
+        (pair(rejected="seven"), "responses 1 and 2, best first: expected different texts"),
+        (pair(rejected=""), "response 2 of 2, best first: expected some text, got ''"),
+        (pair(rejected=None), "columns: expected responses and ranks, or chosen and rejected"),
+        (pair(prompt=None), "columns: expected a prompt"),
+        (pair(chosen=[{"role": "user", "content": "x"}]), "expected text or one assistant message"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("use", ["train", "evaluate"])
+def test_rows_that_cannot_work_are_named(tiny_model, network, tiny_tokenizer, row, problem, use):
+    rows = [pair(), row, pair()]
+    with pytest.raises(ValueError, match=f"^rows: row 2: .*{problem}"):
+        if use == "train":
+            reward.train(tiny_model(), tiny_tokenizer, rows, progress=False)
+        else:
+            reward.evaluate(RewardModel(network(), tiny_tokenizer), rows)
+
+
+def test_no_rows(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="^rows: expected at least one ranking"):
+        reward.train(tiny_model(), tiny_tokenizer, [], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pairs", "some"), ("template", "none"), ("max_length", 1), ("learning_rate", 0.0),
+     ("epochs", 0), ("batch_size", 0), ("precision", "fp8"), ("seed", -1)],
+)  # fmt: skip
+def test_settings_that_cannot_work(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        RewardConfig(**{name: value})
+
+
+def test_one_pair_of_each_ranking(network, tiny_tokenizer):
+    """In the ranking's order, fixed by the seed, and every pair comes up at some seed."""
+    model = RewardModel(network(), tiny_tokenizer)
+    rendered = reward._render([ranking(4)], tiny_tokenizer, "auto")
+    (everything,) = reward._examples(rendered, model, RewardConfig())
+    assert len(everything) == 4
+    drawn = []
+    for seed in range(40):
+        (chosen,) = reward._examples(rendered, model, RewardConfig(pairs="one", seed=seed))
+        drawn.append(tuple(everything.index(ids) for ids in chosen))
+    assert set(drawn) == set(combinations(range(4), 2))
+    (again,) = reward._examples(rendered, model, RewardConfig(pairs="one", seed=3))
+    assert tuple(everything.index(ids) for ids in again) == drawn[3]
+
+
+def test_texts_are_cut_at_the_beginning(network, tiny_tokenizer, caplog):
+    model = RewardModel(network(), tiny_tokenizer, max_length=12)
+    long = "米拉住在河边的磨坊里。" * 5
+    same_end, other_end = (["seven"], ["honey"])
+    with caplog.at_level("WARNING", logger="labkit"):
+        (first,) = model.scores([long + "a"], same_end)
+    assert "1 of 1 texts have over 12 tokens" in caplog.text
+    assert model.scores(["b" + long + "a"], same_end) == [first]
+    assert model.scores([long + "a"], other_end) != [first]
+
+
+# The model as a reward
+
+
+def test_rewards_come_in_order_whatever_the_batches(network, tiny_tokenizer):
+    model = RewardModel(network(), tiny_tokenizer, mean=2.0, std=0.5)
+    prompts = [f"{word}?" * (i % 4 + 1) for i, word in enumerate(WORDS)]
+    responses = [*reversed(WORDS[1:]), ""]
+    together = model(prompts, responses)
+    for batch_size in (1, 2, 5):
+        same = RewardModel(model.network, tiny_tokenizer, mean=2.0, std=0.5, batch_size=batch_size)
+        assert same(prompts, responses) == pytest.approx(together, abs=1e-4)
+    raw = model.scores(prompts, responses)
+    assert together == pytest.approx([(r - 2.0) / 0.5 for r in raw])
+    assert np.std(raw) > 1e-3 and all(isinstance(r, float) for r in together)
+    assert model([], []) == []
+    with pytest.raises(ValueError):
+        model(prompts, responses[1:])
+
+
+def test_a_score_is_that_of_prompt_response_and_end_token(network, tiny_tokenizer):
+    model = RewardModel(network(), tiny_tokenizer)
+    text = "<|user|>What is three plus four?<|end|><|assistant|>seven<|end|>"
+    pieces = text.partition("seven")  # the policy's tokens: prompt and response apart
+    ids = [i for piece in pieces for i in tiny_tokenizer(piece)["input_ids"]]
+    assert ids[-1] == END
+    (found,) = model.scores(["What is three plus four?"], ["seven"])
+    assert found == pytest.approx(alone(Scorer(model.network), [ids]).item(), abs=1e-5)
+    messages = [{"role": "user", "content": "What is three plus four?"}]
+    assert model.scores([messages], ["seven"]) == [found]
+
+
+def test_normalized_on_reference_samples(network, tiny_tokenizer):
+    model = RewardModel(network(), tiny_tokenizer)
+    prompts, responses = ["米拉?"] * len(WORDS), WORDS
+    normal = model.normalized(prompts, responses)
+    rewards = np.array(normal(prompts, responses))
+    assert abs(rewards.mean()) < 1e-5 and rewards.std() == pytest.approx(1, abs=1e-5)
+    assert (np.argsort(rewards) == np.argsort(model(prompts, responses))).all()
+    assert normal.scores(prompts, responses) == model.scores(prompts, responses)
+    again = normal.normalized(prompts, responses)
+    assert (again.mean, again.std) == (normal.mean, normal.std)
+    for same in ([], ["seven"], ["seven", "seven"]):
+        with pytest.raises(ValueError, match="samples that differ in score"):
+            model.normalized(["?"] * len(same), same)
+
+
+def test_saved_and_loaded(network, tiny_tokenizer, arch, tmp_path):
+    model = RewardModel(network(arch), tiny_tokenizer, "plain", 40, mean=0.25, std=2.0)
+    prompts = ["Otto?"] * len(WORDS)
+    model.save(tmp_path / "reward")
+    assert not list((tmp_path / "reward").glob("*.bin"))
+    again = RewardModel.load(tmp_path / "reward")
+    assert (again.template, again.max_length, again.mean, again.std) == ("plain", 40, 0.25, 2.0)
+    assert again(prompts, WORDS) == pytest.approx(model(prompts, WORDS), abs=1e-6)
+    model.save(tmp_path / "reward")  # replaces it
+
+
+def test_what_is_no_reward_model_is_refused(network, tiny_tokenizer, tiny_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="^folder: "):
+        RewardModel.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"^folder: expected a model that RewardModel\.save wrote"):
+        RewardModel.load(tiny_folder())
+    from safetensors.torch import load_file, save_file
+
+    folder = RewardModel(network(), tiny_tokenizer).save(tmp_path / "reward")
+    weights = load_file(folder / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^folder: expected all weights, got \['score.weight'\]"):
+        RewardModel.load(folder)
+
+
+# Evaluation
+
+
+def test_accuracy_margin_and_loss():
+    """Margins ln 3, 0, -ln 3, ln 3: two of four are right, as equal scores prefer nothing."""
+    found = Agreement([math.log(3), 0.0, -math.log(3), math.log(3)], rankings=4)
+    assert found.accuracy == 0.5 and found.margin == pytest.approx(math.log(3) / 4)
+    assert found.loss == pytest.approx(-math.log(0.75 * 0.5 * 0.25 * 0.75) / 4)
+    assert found.interval == wilson(2, 4)
+    assert Agreement(found.margins * 10, rankings=4).interval == wilson(2, 4)
+
+
+def test_calibration_of_known_probabilities():
+    """Ten pairs at 0.9, nine right; eight at 0.6, of which only two are: |0.25 - 0.6| · 8/18."""
+    odds = [math.log(9)] * 9 + [-math.log(9)] + [math.log(1.5)] * 2 + [-math.log(1.5)] * 6
+    found = Agreement(odds, rankings=18)
+    low, high = found.calibration(bins=2)
+    assert (low["predicted"], low["observed"], low["n"]) == (pytest.approx(0.6), 0.25, 8)
+    assert (high["predicted"], high["observed"], high["n"]) == (pytest.approx(0.9), 0.9, 10)
+    assert (high["low"], high["high"]) == wilson(9, 10)
+    assert found.calibration_error(bins=2) == pytest.approx(0.35 * 8 / 18)
+    (certain,) = Agreement([80.0, 90.0], rankings=2).calibration()
+    assert (certain["predicted"], certain["n"]) == (1.0, 2)
+
+
+def test_a_judge_who_follows_the_scores_is_calibrated():
+    """Preferences drawn with the model's own probabilities: the error is that of sampling only."""
+    draw = np.random.default_rng(0)
+    margins = draw.normal(0, 2, 20_000)
+    won = draw.random(20_000) < 1 / (1 + np.exp(-margins))
+    found = Agreement(np.where(won, margins, -margins).tolist(), rankings=20_000)
+    assert found.calibration_error(bins=10) < 0.01
+    assert Agreement([3 * m for m in found.margins], 20_000).calibration_error(bins=10) > 0.05
+
+
+def test_evaluate_compares_all_pairs(network, tiny_tokenizer):
+    model, rows = RewardModel(network(), tiny_tokenizer), [ranking(4), pair(), ranking(6, seed=3)]
+    found = reward.evaluate(model, rows)
+    expected = []
+    for row in rows:
+        texts = reward.best_first(row)
+        scores = model.scores([row["prompt"]] * len(texts), texts)
+        expected += [better - worse for better, worse in combinations(scores, 2)]
+    assert found.margins == pytest.approx(expected, abs=1e-5)
+    assert found.rankings == 3 and len(found.margins) == 6 + 1 + 15
+
+
+# Training
+
+
+def preferences(n, seed=0):
+    """Whatever is asked, the earlier word of WORDS is better."""
+    draw = np.random.default_rng(seed)
+    rows = [
+        ranking(int(draw.integers(2, 6)), f"Say {i}.", int(draw.integers(99))) for i in range(n)
+    ]
+    return [*rows, *(pair(prompt=f"Tell {i}.", chosen="bread", rejected="seven") for i in range(n))]
+
+
+@pytest.mark.parametrize("pairs", reward.PAIRS)
+def test_it_learns_what_is_preferred(tiny_model, tiny_tokenizer, pairs):
+    seen = []
+    config = RewardConfig(pairs=pairs, learning_rate=2e-3, epochs=3, batch_size=4)
+    model, result = reward.train(tiny_model(), tiny_tokenizer, preferences(12), config,
+                                 log=lambda metrics, step: seen.append(step), progress=False)  # fmt: skip
+    assert result.steps == 18 and seen[-1] == 18 and result.loss < 0.2 < result.history[0]["loss"]
+    found = reward.evaluate(model, preferences(6, seed=1))
+    assert found.accuracy > 0.9 and found.margin > 1 and found.loss < math.log(2)
+    assert not model.network.training and all(p.grad is None for p in model.network.parameters())
+
+
+def test_the_language_model_stays_as_it_was(tiny_model, tiny_tokenizer):
+    model = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    config = RewardConfig(batch_size=2)
+    trained, _ = reward.train(model, tiny_tokenizer, preferences(4), config, progress=False)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    kept = trained.network.score.weight.clone()
+    more, _ = reward.train(trained.network, tiny_tokenizer, preferences(4), config, progress=False)
+    assert more.network is trained.network and not torch.equal(more.network.score.weight, kept)
+
+
+def test_first_step_is_that_of_the_loss(tiny_model, network, tiny_tokenizer):
+    """The reported loss of one step over all rows is the one of the untrained head."""
+    rows = preferences(5)
+    model = RewardModel(network(seed=0), tiny_tokenizer)
+    each = [reward.evaluate(model, [row]).loss for row in rows]
+    config = RewardConfig(batch_size=len(rows), precision="fp32")
+    _, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
+    assert result.steps == 1 and result.loss == pytest.approx(sum(each) / len(each), abs=1e-5)
+    halves = RewardConfig(batch_size=5, gradient_accumulation=2, precision="fp32")
+    _, halved = reward.train(tiny_model(), tiny_tokenizer, rows, halves, progress=False)
+    assert halved.steps == 1 and halved.loss == pytest.approx(result.loss, abs=1e-5)
+
+
+def test_every_epoch_takes_all_rankings_in_a_new_order(tiny_model, tiny_tokenizer, monkeypatch):
+    batches, collate = [], reward._Collator.__call__
+
+    def spy(collator, rankings):
+        batches.append([str(ranking) for ranking in rankings])
+        return collate(collator, rankings)
+
+    monkeypatch.setattr(reward._Collator, "__call__", spy)
+    config = RewardConfig(batch_size=4, epochs=2)
+    reward.train(tiny_model(), tiny_tokenizer, preferences(4), config, progress=False)
+    assert [len(batch) for batch in batches] == [4] * 4
+    first, second = batches[0] + batches[1], batches[2] + batches[3]
+    assert len(set(first)) == 8 and sorted(first) == sorted(second) and first != second
+
+
+def test_a_killed_run_goes_on(tiny_model, tiny_tokenizer, tmp_path):
+    config = dict(batch_size=4, epochs=2, learning_rate=2e-3, precision="fp32")
+    whole, _ = reward.train(tiny_model(), tiny_tokenizer, preferences(8), RewardConfig(**config),
+                            progress=False)  # fmt: skip
+
+    class Killed(Exception):
+        pass
+
+    def kill(metrics, step):
+        if step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        reward.train(tiny_model(), tiny_tokenizer, preferences(8),
+                     RewardConfig(**config, save_steps=3), output_dir=tmp_path, log=kill,
+                     progress=False)  # fmt: skip
+    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    again, result = reward.train(tiny_model(seed=5), tiny_tokenizer, preferences(8),
+                                 RewardConfig(**config, resume=str(tmp_path)), progress=False)  # fmt: skip
+    assert result.steps == 8
+    resumed = dict(again.network.named_parameters())
+    for name, parameter in whole.network.named_parameters():
+        torch.testing.assert_close(parameter, resumed[name], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="^save_steps: expected an output_dir"):
+        reward.train(tiny_model(), tiny_tokenizer, preferences(8), RewardConfig(save_steps=1))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tiny_tokenizer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.base_model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 1: expected a finite loss"):
+        reward.train(model, tiny_tokenizer, preferences(2), progress=False)
+
+
+def test_texts_beyond_the_models_context_are_cut(tiny_model, tiny_tokenizer, caplog):
+    rows = [pair(prompt="honey " * 300)]
+    with caplog.at_level("WARNING", logger="labkit"):
+        model, _ = reward.train(tiny_model("gpt2"), tiny_tokenizer, rows,
+                                RewardConfig(max_length=4096), progress=False)  # fmt: skip
+    assert model.max_length == 256 and "2 of 2 texts have over 256 tokens" in caplog.text
+
+
+def test_tinytown_rankings_can_be_read(tiny_tokenizer):
+    """Four to nine responses, and the gold judge's order where no label is wrong."""
+    rows = tinytown.rankings(30, noise=0.0, seed=0)
+    for row, rendered in zip(rows, reward._render(rows, tiny_tokenizer, "auto"), strict=True):
+        gold = dict(zip(row["responses"], row["scores"], strict=True))
+        scores = [gold[text] for text in reward.best_first(row)]
+        assert scores == sorted(scores, reverse=True) and 4 <= len(rendered) <= 9
