@@ -125,3 +125,51 @@ def lora_calculator(rank: int = 8, width: int = 4096, layers: int = 32) -> Any:
         layers=w.IntSlider(value=layers, min=2, max=80, description="layers"),
         targets=w.Dropdown(options=TARGETS, description="targets"),
     )
+
+
+def memory_planner(model: Any = "tinytown", technique: str = "qlora", device_gb: float = 24) -> Any:
+    """Controls for what a training run holds, above its plan: will it fit?
+
+    The models are LLaMA's sizes and `model`, as `memory.plan` takes it. Shown are the parts at
+    each moment of a step, the device's limit as a line, and what would fit if it does not.
+    """
+    import ipywidgets as w
+
+    from labkit.memory import plan
+    from labkit.memory.chapter import LLAMA, llama
+    from labkit.memory.shapes import CHOICES
+
+    own = getattr(getattr(model, "config", model), "name_or_path", "") or "your model"
+    models = {f"LLaMA-{size}": llama(size) for size in LLAMA}
+    models[model if isinstance(model, str) else own] = model
+
+    def show(device_gb: float, **settings: Any) -> Any:
+        try:
+            return _drawn(plan(**settings, device_memory=device_gb * 1e9))
+        except ValueError as error:
+            print(error)
+
+    powers = [2**k for k in range(13)]
+    return explore(
+        show,
+        model=w.Dropdown(options=models, description="model"),
+        technique=w.Dropdown(
+            options=CHOICES["technique"], value=technique, description="technique"
+        ),
+        rank=w.SelectionSlider(options=powers[:9], value=16, description="rank"),
+        optimizer=w.Dropdown(options=CHOICES["optimizer"], description="optimizer"),
+        precision=w.Dropdown(options=("auto", *CHOICES["precision"]), description="precision"),
+        batch_size=w.SelectionSlider(options=powers[:8], value=1, description="rows"),
+        sequence_length=w.SelectionSlider(options=powers[6:], value=512, description="tokens"),
+        gradient_checkpointing=w.Checkbox(value=True, description="checkpointing"),
+        attention=w.Dropdown(options=CHOICES["attention"], description="attention"),
+        device=w.Dropdown(options=CHOICES["device"], value="cuda", description="device"),
+        device_gb=w.FloatLogSlider(value=device_gb, min=-1, max=3.2, step=0.05, description="GB"),
+    )
+
+
+def _drawn(plan: Any) -> Any:
+    from IPython.display import display
+
+    display(plan.figure())
+    return plan

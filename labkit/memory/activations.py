@@ -37,13 +37,14 @@ def _inputs(shape: Shape, s: Setting) -> float:
     if s.technique == "prefix":
         return 0
     if s.technique == "adapter":
-        return adapters(s) * c * (shape.hidden + 2 * s.bottleneck)
+        return adapters(s) * c * (shape.hidden + s.bottleneck)
     layers = shape.linear if s.full else shape.targeted(s.targets)
     copies = c * sum(width for _, _, width in layers)
     inner = 0 if s.full else c * s.rank * len(layers)  # what B multiplies
     if copied(s):
         return copies + inner
-    own = 0 if s.attention_bytes == c else shape.queries
+    shared = s.attention == "sdpa" and s.attention_bytes == c  # with attention's own output
+    own = 0 if shared else shape.queries
     return min(copies, c * (2 * shape.hidden + shape.inner + own)) + inner
 
 

@@ -16,8 +16,8 @@ REASONS = {
     "full": "the chapter counts float32 weights alone, 4 bytes a parameter; gradients (4) and "
     "AdamW's two states (8) come on top",
     "lora": "the frozen weights alone take {weights} in bfloat16",
-    "qlora": "weights and constants take {weights}; the chapter names the size of a GPU that "
-    "leaves room for longer batches",
+    "qlora": "weights and constants take {weights}; the chapter's figure leaves room for more rows "
+    "or longer ones",
 }
 
 

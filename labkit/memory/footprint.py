@@ -118,18 +118,19 @@ def moments(shape: Shape, s: Setting) -> dict[str, Parts]:
         "first block": _first_block(shape, s),
         "update": _update(shape, s),
     }
-    if s.packed:
-        found["trial"] = _trial(shape, s)
     for parts in found.values():
         parts["temporary"] += base["temporary"]
         parts["gradients"] = max(parts["gradients"], base["gradients"])
+    if s.packed:
+        found["trial"] = _trial(shape, s)
     return {name: base | parts for name, parts in found.items()}
 
 
 def _trial(shape: Shape, s: Setting) -> Parts:
     """No gradients, autocast or states: at most the activations of one MLP, or the logits."""
     inside = 4 * s.sequence_length * s.weight_bytes
-    inside *= (shape.inner_kept + 1) * shape.inner + 4 * shape.hidden
+    wide = shape.inner_kept + (s.technique in ("lora", "qlora"))  # PEFT holds on to one more
+    inside *= wide * shape.inner + 4 * shape.hidden
     numbers = 4 * max(1.0, (s.sequence_length - 1) * s.response_share) * shape.vocabulary
     scores = (8 if s.weight_bytes == 4 else 10) * numbers
     return {
@@ -161,7 +162,8 @@ def _last_block(shape: Shape, s: Setting) -> Parts:
     """Entering it backwards, in its MLP; or before, in the final norm, which works in float32."""
     moving, block = s.tokens * transient(shape, s), casts(shape, s)[0]
     if not s.gradient_checkpointing:
-        moving = max(moving, s.tokens * (24 if shape.python_norms else 8) * shape.hidden)
+        norm = 24 if shape.python_norms else 8  # its input and five gradients, in float32
+        moving = max(moving, s.tokens * norm * shape.hidden)
         block *= shape.layers
     again = _again(shape, s) if s.gradient_checkpointing else 0
     return {

@@ -220,15 +220,17 @@ def readable(size: float) -> str:
 
 def stacked(bars: Mapping[str, Parts], *, title: str, limit: float | None = None) -> Any:
     """A bar for each label, its parts on top of each other, and a dashed line at `limit` bytes."""
-    figure, axes = plots._axes("", "GB", title)
+    most = max(sum(parts.values()) for parts in bars.values())
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    figure, axes = plots._axes("moment of a training step", f"memory ({name})", title)
     foot = dict.fromkeys(bars, 0.0)
     for part, colour in zip(PARTS, COLOURS, strict=True):
-        heights = {label: parts[part] / 1e9 for label, parts in bars.items()}
+        heights = {label: parts[part] / unit for label, parts in bars.items()}
         if any(heights.values()):
             axes.bar(list(bars), list(heights.values()), 0.6, bottom=list(foot.values()),
                      color=colour, label=part)  # fmt: skip
         foot = {label: foot[label] + heights[label] for label in bars}
     if limit is not None:
-        axes.axhline(limit / 1e9, color="#333333", linestyle="--", linewidth=1, label="device")
+        axes.axhline(limit / unit, color="#333333", linestyle="--", linewidth=1, label="device")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

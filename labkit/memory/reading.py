@@ -26,7 +26,9 @@ def read(model: Any) -> tuple[str, Shape]:
         network = models.meta_model(config)
         name = f"{getattr(network.config, 'name_or_path', '') or network.config.model_type}"
     shape = shape_of(network)
-    return f"{name}, {shape.parameters / 1e6:,.1f} M parameters", shape
+    count = shape.parameters
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+    return f"{name}, {size} parameters", shape
 
 
 def _folder(model: str) -> Path:

@@ -60,19 +60,26 @@ class Shape:
         return sum(out * width for _, out, width in self.linear)
 
     def targeted(self, targets: str | tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-        """The linear layers that LoRA's `targets` mean: "all-linear", or last names of layers.
+        """The linear layers of a block that LoRA's `targets` mean: "all-linear", or names.
 
-        Raises ValueError for a name that no linear layer has.
+        A name is a layer's last or a longer ending, as in `lora`. Raises ValueError for a name
+        that no layer has.
         """
         if targets == "all-linear":
             return self.linear
         names = targets.split(",") if isinstance(targets, str) else targets
-        wanted = {name.strip() for name in names}
-        last = {name: name.rpartition(".")[2] for name, _, _ in self.linear}
-        if not wanted or wanted - set(last.values()):
-            raise ValueError(f"targets: expected 'all-linear' or some of {sorted(set(last.values()))}, "
-                             f"got {targets!r}")  # fmt: skip
-        return tuple(layer for layer in self.linear if last[layer[0]] in wanted)
+        endings = ["." + name.strip() for name in names]
+        full = {layer: "." + layer[0] for layer in self.linear}
+        for ending in endings:
+            if not any(name.endswith(ending) for name in full.values()):
+                raise ValueError(f"targets: expected 'all-linear' or some of {', '.join(self.names)}, "
+                                 f"got {targets!r}")  # fmt: skip
+        return tuple(layer for layer, name in full.items() if name.endswith(tuple(endings)))
+
+    @property
+    def names(self) -> list[str]:
+        """Last names of the linear layers."""
+        return sorted({name.rpartition(".")[2] for name, _, _ in self.linear})
 
 
 @dataclass(frozen=True)
