@@ -71,3 +71,18 @@ def test_pictures_reach_the_browser_as_text():
         "image/png": b64encode(png).decode(), "text/plain": "picture",
     }  # fmt: skip
     widgets.explore(lambda x: display(Image(png)), x=ipywidgets.IntSlider())
+
+
+def test_the_planner_follows_its_controls():
+    box = widgets.memory_planner(technique="qlora", device_gb=24)
+    controls = {control.description: control for control in box.children[:-1]}
+    assert "image/png" in shown(box) and "it fits" in shown(box)
+    controls["model"].value = dict(controls["model"].options)["LLaMA-65B"]
+    assert "65.29 B" in shown(box) and "Nearest setting that fits" not in shown(box)
+    assert "no setting known here makes it fit" in shown(box)
+    controls["GB"].value = 48
+    assert "it fits" in shown(box)
+    controls["technique"].value = "prefix"  # with checkpointing still on
+    assert "gradient_checkpointing: expected False" in shown(box)
+    controls["checkpointing"].value = False
+    assert "Nearest setting that fits: technique='qlora'" in shown(box)
