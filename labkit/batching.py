@@ -128,7 +128,7 @@ def cuts(lengths: np.ndarray) -> list[int]:
 def room_of(lengths: Sequence[int]) -> int:
     """How long lines should be: of some lengths that fit, the one that leaves least air."""
     least = max(LINE, -(-max(lengths) // 32) * 32)
-    rooms = range(least, least + 97, 32)
+    rooms = range(least, least + 97, 16)
     return min(rooms, key=lambda room: len(lines(lengths, room)) * room)
 
 
