@@ -412,6 +412,8 @@ def test_beta_is_adapted_only_with_a_target(tiny_model, tiny_tokenizer):
     betas = [entry["beta"] for entry in run.history]
     # no divergence yet at the first step, much at the second
     assert betas == pytest.approx([0.1, 0.08, 0.08 * 1.2])
+    losses = [[entry["loss"] for entry in result.history] for result in (fixed, run)]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # it is used, too
 
 
 # The loop
@@ -525,6 +527,13 @@ def test_what_cannot_be_resumed(tiny_model, tiny_tokenizer, tmp_path):
         trained(tiny_model(), tiny_tokenizer, again, output_dir=tmp_path)
 
 
+def test_a_checkpoint_that_cannot_be_written(tiny_model, tiny_tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="output_dir: could not write .*checkpoint-1"):
+        trained(tiny_model(), tiny_tokenizer, replace(SMALL, save_steps=1),
+                output_dir=tmp_path / "file")  # fmt: skip
+
+
 # Bad input and faults
 
 
@@ -610,6 +619,8 @@ SCRIPT = textwrap.dedent("""
         ppo.train(model, tokenizer, prompts, fails, config, progress=False)
     except RuntimeError as error:
         open(f"{out}.{state.process_index}", "w").write(str(error))
+    state.wait_for_everyone()
+    state.destroy_process_group()
 """)
 
 

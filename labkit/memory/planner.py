@@ -35,7 +35,8 @@ COLOURS = (*plots.COLOURS, "#c99bbf", "#8fb8de", "#c8ccd0")  # one a part
 class Plan:
     """What a run will need. `parts`: bytes by name at the worst moment; they add up to `total`.
 
-    `allocated` leaves the framework out, so it is what an allocator's peak should be.
+    `allocated` is what torch's allocator should say: the framework is not in it, nor are paged
+    states on a GPU, which live in memory that the driver can move to the host.
     """
 
     name: str
@@ -62,7 +63,9 @@ class Plan:
 
     @property
     def allocated(self) -> float:
-        return self.total - self.parts["framework"]
+        paged = self.setting.device == "cuda" and self.setting.optimizer.startswith("paged")
+        elsewhere = self.parts["framework"] + (self.parts["optimizer states"] if paged else 0)
+        return self.total - elsewhere
 
     @property
     def fits(self) -> bool | None:
