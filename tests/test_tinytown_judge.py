@@ -1,11 +1,15 @@
 """The gold judge on answers whose worth is known, and preferences that follow it."""
 
+import random
+
 import pytest
 
 from labkit.tinytown import (
+    demonstrations,
     instruction_rows,
     judge,
     preference_pairs,
+    ranked,
     rankings,
     red_team,
     texts,
@@ -108,6 +112,33 @@ def test_rankings_are_strict_and_follow_the_judge_without_noise():
         )
     )
     assert disorder > 50
+
+
+def test_demonstrations_are_flawed_as_often_as_said():
+    perfect = demonstrations(300, flawed=0.0, seed=3)
+    assert all(row["completion"] in row["accept"] for row in perfect)
+    rows = demonstrations(300, flawed=0.5, seed=3)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in perfect]
+    bad = sum(judge(row, row["completion"]).total < 1 for row in rows) / 300
+    assert 0.25 < bad < 0.5  # a candidate may be a good one
+    with pytest.raises(ValueError, match="flawed"):
+        demonstrations(3, flawed=1.5)
+
+
+def test_samples_are_ranked_by_the_judge_and_ties_by_the_dice(fact_row):
+    """The right answer comes first; two wrong ones of equal score come in either order."""
+    best, wrong = fact_row["completion"], ["Quite so indeed.", "Hm."]
+    orders = set()
+    for seed in range(20):
+        row = ranked(fact_row, [*wrong, best], random.Random(seed))
+        assert row["ranks"][2] == 0 and row["scores"][0] == row["scores"][1] < row["scores"][2]
+        orders.add(tuple(row["ranks"]))
+        short = ranked(fact_row, [*wrong, best], random.Random(seed), brief=True)
+        assert short["ranks"] == [2, 1, 0]
+    assert orders == {(1, 2, 0), (2, 1, 0)}
+    for responses in ([best], [best, best]):
+        with pytest.raises(ValueError, match="all different"):
+            ranked(fact_row, responses, random.Random(0))
 
 
 def test_wrong_noise_and_sizes_are_refused():

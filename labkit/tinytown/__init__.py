@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .corpus import documents, genre_samples
 from .judge import Verdict, judge
-from .preferences import preference_pairs, rankings, red_team
+from .preferences import demonstrations, preference_pairs, ranked, rankings, red_team
 from .tasks import FAMILIES, HELD_OUT_FAMILIES, SPLITS, check, instruction_rows, normalize
 from .world import Fact, Name, World, texts, world
 
@@ -29,12 +29,14 @@ __all__ = [
     "World",
     "base_folder",
     "check",
+    "demonstrations",
     "documents",
     "genre_samples",
     "instruction_rows",
     "judge",
     "normalize",
     "preference_pairs",
+    "ranked",
     "rankings",
     "red_team",
     "texts",

@@ -76,6 +76,22 @@ def prompts(n: int, seed: int = 0, split: str = "train") -> list[Row]:
     return rows
 
 
+def demonstrations(
+    n: int, flawed: float = 1 / 3, seed: int = 0, split: str = "train"
+) -> list[dict[str, Any]]:
+    """`prompts` as their writers answered them: a share `flawed` wrong, evasive, rude or rambling.
+
+    What a supervised model learns from people: the form of an answer, and their habits with it.
+    """
+    if not 0 <= flawed <= 1:
+        raise ValueError(f"flawed: expected a share from 0 to 1, got {flawed}")
+    rng = random.Random(f"demonstrations-{split}-{seed}")
+    return [
+        row if rng.random() >= flawed else row | {"completion": rng.choice(candidates(row, rng))}
+        for row in prompts(n, seed, split)
+    ]
+
+
 def candidates(row: Row, rng: random.Random, world: World | None = None) -> list[str]:
     """Different responses to `row`, good and bad, in random order (at least nine)."""
     world, lang = world or default_world(), row["lang"]
@@ -141,14 +157,28 @@ def rankings(
     for row in prompts(n, seed, split):
         pool = candidates(row, rng)
         responses = pool[: min(rng.randint(*k), len(pool))]
-        scores = [judge(row, r).total for r in responses]
-        order = sorted(range(len(responses)), key=lambda i: (-scores[i], len(responses[i]), i))
-        for j in range(len(order) - 1):
-            if rng.random() < noise:
-                order[j], order[j + 1] = order[j + 1], order[j]
-        ranks = [order.index(i) for i in range(len(responses))]
-        out.append(row | {"responses": responses, "ranks": ranks, "scores": scores})
+        out.append(ranked(row, responses, rng, noise, brief=True))
     return out
+
+
+def ranked(
+    row: Row, responses: Sequence[str], rng: random.Random, noise: float = 0.0, brief: bool = False
+) -> Row:
+    """`row` with different `responses`, such as a model's samples, and their strict ranks.
+
+    Equal scores are ordered by the dice, or with `brief` the shorter first. `noise` is as in
+    `rankings`. Raises ValueError for fewer than two responses, or equal ones.
+    """
+    if len(responses) < 2 or len(set(responses)) < len(responses):
+        raise ValueError(f"responses: expected two or more, all different, got {responses!r}")
+    scores = [judge(row, r).total for r in responses]
+    ties = [len(r) if brief else rng.random() for r in responses]
+    order = sorted(range(len(responses)), key=lambda i: (-scores[i], ties[i], i))
+    for j in range(len(order) - 1):
+        if rng.random() < noise:
+            order[j], order[j + 1] = order[j + 1], order[j]
+    ranks = [order.index(i) for i in range(len(responses))]
+    return row | {"responses": list(responses), "ranks": ranks, "scores": scores}
 
 
 def preference_pairs(

@@ -1,0 +1,111 @@
+"""RLOO and GRPO: advantages by hand and against TRL's own, and training with a reward of texts."""
+
+import pytest
+import torch
+
+from labkit import models
+from labkit.techniques import critic_free
+from labkit.techniques.critic_free import CriticFreeConfig
+
+PROMPTS = ["Mila lives", "What does Otto like to eat?", "小城里", "three plus four"]
+SMALL = dict(steps=2, batch_size=8, minibatch_size=4, generations=4, max_new_tokens=6,
+             template="plain")  # fmt: skip
+
+
+def test_advantages_by_hand():
+    """Rewards 1, 2, 6: the others' means are 4, 3.5 and 1.5; the mean is 3, the deviation √7."""
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
+    rloo = critic_free.rloo_advantages(rewards)
+    torch.testing.assert_close(rloo, torch.tensor([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]))
+    grpo = critic_free.grpo_advantages(rewards, eps=0.0)[0]
+    torch.testing.assert_close(grpo, torch.tensor([-2.0, -1.0, 3.0]) / 7**0.5)
+    assert critic_free.grpo_advantages(rewards)[1].tolist() == [0, 0, 0]
+
+
+def test_the_leave_one_out_baseline_leaves_the_gradient_unbiased():
+    """Over all pairs of draws from a categorical, weighted, it is the exact policy gradient."""
+    logits = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reward = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+
+    def gradient(objective):
+        x = logits.clone().requires_grad_()
+        objective(x.log_softmax(-1)).backward()
+        return x.grad
+
+    def estimated(logp):
+        total = logp.new_zeros(())
+        for i in range(3):
+            for j in range(3):
+                a = critic_free.rloo_advantages(reward[[i, j]][None])[0]
+                weight = (logp[i] + logp[j]).detach().exp()
+                total = total + weight * (a[0] * logp[i] + a[1] * logp[j]) / 2
+        return total
+
+    torch.testing.assert_close(gradient(estimated), gradient(lambda p: (p.exp() * reward).sum()))
+
+
+@pytest.mark.parametrize("method", critic_free.METHODS)
+def test_the_library_has_the_same_advantages(tiny_folder, monkeypatch, method):
+    """What TRL's trainer computes from the rewards that it was given, without a KL penalty."""
+    import trl
+
+    model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
+    trainer, met = getattr(trl, f"{method.upper()}Trainer"), []
+    real = trainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        found = real(self, inputs)
+        met.append(found["advantages"].detach().cpu())
+        return found
+
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", spy)
+    given = []
+
+    def reward(prompts, responses):
+        given.append([float(len(r) % 7) + i / 10 for i, r in enumerate(responses)])
+        return given[-1]
+
+    config = CriticFreeConfig(method, **{**SMALL, "steps": 1}, beta=0.0)
+    critic_free.train(model, tokenizer, PROMPTS, reward, config)
+    advantages = getattr(critic_free, f"{method}_advantages")
+    expected = advantages(torch.tensor(given[0]).view(-1, 4)).flatten()
+    torch.testing.assert_close(
+        met[0].float().sort().values, expected.sort().values, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", critic_free.METHODS)
+def test_it_learns_what_is_rewarded(tiny_folder, method):
+    """Rewarded is each letter e; rows reach a reward that asks for them."""
+    model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
+    rows = [{"prompt": prompt, "number": i} for i, prompt in enumerate(PROMPTS)]
+
+    def reward(prompts, responses, rows):
+        assert all(PROMPTS[row["number"]] == p for p, row in zip(prompts, rows, strict=True))
+        return [float(response.count("e")) for response in responses]
+
+    settings = dict(SMALL, steps=16, batch_size=32, minibatch_size=16, learning_rate=3e-3)
+    config = CriticFreeConfig(method, beta=0.01, epochs=2, **settings)
+    history = critic_free.train(model, tokenizer, rows, reward, config)
+    assert [entry["step"] for entry in history] == list(range(1, 17))
+    assert history[-1]["reward"] > 2 * (history[0]["reward"] + 0.2)
+    assert history[-1]["kl"] > 0.05 > abs(history[0]["kl"])
+
+
+def test_a_reward_that_fails_names_the_text(tiny_folder):
+    model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
+    with pytest.raises(
+        ValueError, match="expected a finite number, got nan; prompt '.*', response"
+    ):
+        critic_free.train(model, tokenizer, PROMPTS, lambda p, r: [float("nan")] * len(r),
+                          CriticFreeConfig(**SMALL))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "ppo"), ("steps", 0), ("generations", 1), ("generations", 3),
+     ("minibatch_size", 3), ("learning_rate", 0), ("beta", -1), ("template", "x")],
+)  # fmt: skip
+def test_settings_that_cannot_work(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        CriticFreeConfig(**{**SMALL, name: value})
