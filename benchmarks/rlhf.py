@@ -23,7 +23,6 @@ length, entropy, end rate), a score on held-out prompts, and its responses to a 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import tempfile
 import time
@@ -32,11 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import grid
-import numpy as np
 
 from labkit import data, models, sampling, training
 from labkit.techniques import critic_free, ppo, reward
-from labkit.tinytown import demonstrations, judge, preferences, ranked
+from labkit.tinytown import demonstrations, judge, preferences, rank_samples
 
 Row = dict[str, Any]
 BETAS = (0.0, 0.1, 0.2, 0.4)
@@ -47,34 +45,11 @@ PARTS = ("helpful", "honest", "harmless")
 WATCHED = 8  # held-out prompts whose responses are kept
 
 
-def sampled(model: Any, tokenizer: Any, rows: Sequence[Row], seed: int, each: int = 1, room=48):
-    """`each` responses to every row, at temperature 1: a list of lists."""
-    asked = sampling.encode(
-        [row for row in rows for _ in range(each)], model, tokenizer, "auto", room
-    )
-    chances = np.random.default_rng(seed).random((len(asked), room))
-    ids = sampling.sample(model, [a.ids for a in asked], chances, pad_id=tokenizer.pad_token_id,
-                          ends=sampling.end_ids(model, tokenizer))  # fmt: skip
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [texts[i : i + each] for i in range(0, len(texts), each)]
-
-
 def gold(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, float]:
     """Means of the judge's verdicts."""
     verdicts = [judge(row, text) for row, text in zip(rows, texts, strict=True)]
     names = (*PARTS, "total")
     return {name: statistics.fmean(getattr(v, name) for v in verdicts) for name in names}
-
-
-def ranked_samples(model: Any, tokenizer: Any, n: int, noise: float, seed: int) -> list[Row]:
-    """Rankings of four to nine different responses of the model, where it gives as many."""
-    rows, dice = preferences.prompts(n, seed=1000 + seed), random.Random(seed)
-    found = []
-    for row, texts in zip(rows, sampled(model, tokenizer, rows, seed, each=9), strict=True):
-        texts = [t for t in dict.fromkeys(texts) if t.strip()][: dice.randint(4, 9)]
-        if len(texts) >= 2:
-            found.append(ranked(row, texts, dice, noise))
-    return found
 
 
 def prepare(folder: Path, seed: int, shared: Row) -> None:
@@ -89,12 +64,14 @@ def prepare(folder: Path, seed: int, shared: Row) -> None:
         model, tokenizer, data.encode(lessons, tokenizer).dataset, settings, progress=False
     )
     models.save(model, tokenizer, place / "sft")
-    rankings = ranked_samples(model, tokenizer, shared["rankings"], shared["noise"], seed)
+    rows = preferences.prompts(shared["rankings"], seed=1000 + seed)
+    samples = sampling.responses(model, tokenizer, rows, each=9, seed=seed)
+    rankings = rank_samples(rows, samples, shared["noise"], seed)
     settings = reward.RewardConfig(learning_rate=shared["reward_rate"], seed=seed)
     learned, _ = reward.train(model, tokenizer, rankings, settings, progress=False)
     blank = reward.RewardModel(reward.with_head(model, tokenizer, seed), tokenizer)
     rows = preferences.prompts(200, seed=2000 + seed)
-    texts = [t for (t,) in sampled(model, tokenizer, rows, 1)]
+    texts = [t for (t,) in sampling.responses(model, tokenizer, rows, seed=1)]
     for name, found in (("reward", learned), ("blank", blank)):
         found.normalized([row["prompt"] for row in rows], texts).save(place / name)
     (place / "done").touch()
@@ -138,7 +115,7 @@ def entry(rollout: Any, metrics: dict[str, float], learned: reward.RewardModel) 
 def final(model: Any, tokenizer: Any, learned: reward.RewardModel, shared: Row) -> Row:
     """On held-out prompts: learned reward, gold, and the texts of the first."""
     rows = preferences.prompts(shared["test_prompts"], seed=5, split="test")
-    texts = [t for (t,) in sampled(model, tokenizer, rows, 2)]
+    texts = [t for (t,) in sampling.responses(model, tokenizer, rows, seed=2)]
     score = statistics.fmean(learned([row["prompt"] for row in rows], texts))
     found = {f"test_{name}": value for name, value in gold(rows, texts).items()}
     return found | {"test_learned": score, "texts": texts[:WATCHED]}

@@ -4,8 +4,9 @@
 
 This inverts the cumulative distribution, so a row depends on its own u and on no other row.
 Batches can be cut in any way, rows that have ended can leave their batch, and several processes
-can share the rows: the samples stay the same, up to the rounding of the probabilities. Texts in,
-texts out is `generate`; this is for training loops, which need the ids.
+can share the rows: the samples stay the same, up to the rounding of the probabilities. `sample` is for
+training loops, which need the ids; `responses` gives texts. Greedy answers, a server, and
+prompts that are ready are `generate`'s.
 """
 
 from __future__ import annotations
@@ -96,6 +97,33 @@ def sample(
         for i, response in zip(rows, found.tolist(), strict=True):
             responses[i] = _up_to_end(response, ends)
     return responses
+
+
+def responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Row | str],
+    *,
+    each: int = 1,
+    seed: int | tuple[int, ...] = 0,
+    max_new_tokens: int = 48,
+    template: str = "auto",
+    temperature: float = 1.0,
+) -> list[list[str]]:
+    """`each` sampled responses to every prompt, as texts; prompts and errors as in `encode`.
+
+    With one seed, two models meet the same random numbers, and so differ only where their
+    probabilities do.
+    """
+    asked = encode(prompts, model, tokenizer, template, max_new_tokens)
+    several = [prompt.ids for prompt in asked for _ in range(each)]
+    chances = np.random.default_rng(seed).random((len(several), max_new_tokens))
+    ids = sample(
+        model, several, chances, ends=end_ids(model, tokenizer), pad_id=tokenizer.pad_token_id,
+        temperature=temperature,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -93,3 +93,13 @@ def test_prompts_that_cannot_work(tiny_model, tiny_tokenizer, prompts, message):
     tiny_tokenizer.chat_template = None
     with pytest.raises(ValueError, match=message):
         sampling.encode(prompts, tiny_model(), tiny_tokenizer, "plain", 8)
+
+
+def test_responses_are_texts_in_order_with_random_numbers_of_their_own(tiny_model, tiny_tokenizer):
+    model, prompts = tiny_model(), ["Mila lives", "小城里"]
+    options = dict(max_new_tokens=6, template="plain")
+    found = sampling.responses(model, tiny_tokenizer, prompts, each=3, seed=1, **options)
+    assert [len(texts) for texts in found] == [3, 3] and len({*found[0], *found[1]}) > 3
+    again = sampling.responses(model, tiny_tokenizer, prompts, each=3, seed=1, **options)
+    other = sampling.responses(model, tiny_tokenizer, prompts, each=3, seed=2, **options)
+    assert again == found != other

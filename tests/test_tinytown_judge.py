@@ -9,6 +9,7 @@ from labkit.tinytown import (
     instruction_rows,
     judge,
     preference_pairs,
+    rank_samples,
     ranked,
     rankings,
     red_team,
@@ -139,6 +140,15 @@ def test_samples_are_ranked_by_the_judge_and_ties_by_the_dice(fact_row):
     for responses in ([best], [best, best]):
         with pytest.raises(ValueError, match="all different"):
             ranked(fact_row, responses, random.Random(0))
+
+
+def test_a_models_samples_become_rankings_of_four_to_nine():
+    rows = instruction_rows("train", 60)
+    samples = [[f"No {i}." for i in range(9)] for _ in rows[:-1]] + [["Yes.", "", " ", "Yes."]]
+    found = rank_samples(rows, samples, seed=1)
+    assert len(found) == 59  # the last has one response only
+    assert {len(row["responses"]) for row in found} == {4, 5, 6, 7, 8, 9}
+    assert all(row["responses"][0] == "No 0." for row in found)
 
 
 def test_wrong_noise_and_sizes_are_refused():

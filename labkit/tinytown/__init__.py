@@ -9,7 +9,14 @@ from pathlib import Path
 
 from .corpus import documents, genre_samples
 from .judge import Verdict, judge
-from .preferences import demonstrations, preference_pairs, ranked, rankings, red_team
+from .preferences import (
+    demonstrations,
+    preference_pairs,
+    rank_samples,
+    ranked,
+    rankings,
+    red_team,
+)
 from .tasks import FAMILIES, HELD_OUT_FAMILIES, SPLITS, check, instruction_rows, normalize
 from .world import Fact, Name, World, texts, world
 
@@ -36,6 +43,7 @@ __all__ = [
     "judge",
     "normalize",
     "preference_pairs",
+    "rank_samples",
     "ranked",
     "rankings",
     "red_team",

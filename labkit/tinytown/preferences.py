@@ -181,6 +181,22 @@ def ranked(
     return row | {"responses": list(responses), "ranks": ranks, "scores": scores}
 
 
+def rank_samples(
+    rows: Sequence[Row], samples: Sequence[Sequence[str]], noise: float = 0.1, seed: int = 0
+) -> list[Row]:
+    """Rankings of four to nine different responses that a model sampled to each of `rows`.
+
+    `samples` has them, nine or more a row; empty and equal ones are left out, and rows with
+    fewer than two. See `ranked` for how they are ordered.
+    """
+    dice, found = random.Random(seed), []
+    for row, said in zip(rows, samples, strict=True):
+        different = [t for t in dict.fromkeys(said) if t.strip()][: dice.randint(4, 9)]
+        if len(different) >= 2:
+            found.append(ranked(row, different, dice, noise))
+    return found
+
+
 def preference_pairs(
     n: int, noise: float = 0.1, seed: int = 0, split: str = "train"
 ) -> list[dict[str, Any]]:
