@@ -25,7 +25,6 @@ import difflib
 import importlib.metadata
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -220,15 +219,13 @@ def environment(folder: Path) -> Path:
 def tuned_model(folder: Path) -> Path:
     """The base after a short SFT on answers, a third of them rude, wrong or rambling."""
     from labkit import data, models, training
-    from labkit.tinytown.preferences import candidates, prompts
+    from labkit.tinytown import demonstrations
 
     if not (folder / "sft" / "config.json").exists():
-        dice, rows = random.Random(0), prompts(2400, seed=7)
-        bad = [row if dice.random() < 2 / 3 else row | {"completion": dice.choice(candidates(row, dice))}
-               for row in rows]  # fmt: skip
+        rows = demonstrations(2400, seed=7)
         model, tokenizer = models.load("tinytown")
         config = training.TrainConfig(learning_rate=5e-4, batch_size=16)
-        training.sft(model, tokenizer, data.encode(bad, tokenizer).dataset, config, progress=False)
+        training.sft(model, tokenizer, data.encode(rows, tokenizer).dataset, config, progress=False)
         models.save(model, tokenizer, folder / "sft")
     return folder / "sft"
 

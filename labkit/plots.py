@@ -92,6 +92,53 @@ def sweep(
     return _legend(figure, axes, {**series, **(reference or {})})
 
 
+def panels(
+    series: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Any]]]],
+    *,
+    xlabel: str,
+    title: str,
+    columns: int = 3,
+) -> Any:
+    """Small pictures side by side over one x axis: `{y label: {label: (x, y)}}`.
+
+    Each y is a number, or the values of the seeds: then the line is their mean, with a band of a
+    standard deviation to each side. A label has the same colour in every picture.
+    """
+    import matplotlib as mpl
+
+    labels = list(dict.fromkeys(label for picture in series.values() for label in picture))
+    colours = dict(zip(labels, _colours(len(labels)), strict=True))
+    columns = min(columns, len(series))
+    rows = -(-len(series) // columns)
+    with mpl.rc_context(_style()):
+        figure = _figure_class()(figsize=(3.1 * columns, 2.3 * rows + 0.4), dpi=100, layout="constrained")  # fmt: skip
+        figure.suptitle(title, fontsize=11)
+        grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+        for axes in grid[len(series) :]:
+            axes.remove()
+        for axes, (ylabel, picture) in zip(grid, series.items(), strict=False):
+            axes.set_ylabel(ylabel)
+            axes.set_xlabel(xlabel)
+            axes.tick_params(labelbottom=True)
+            for label, (x, y) in picture.items():
+                _band(axes, x, y, label, colours[label])
+    if labels != [""]:
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+        figure.legend([lines[name] for name in labels], labels, frameon=False, fontsize=8,
+                      loc="outside lower center", ncols=min(len(labels), 5))  # fmt: skip
+    return figure
+
+
+def _band(axes: Any, x: Sequence[float], y: Sequence[Any], label: str, colour: str) -> None:
+    if len(x) != len(y):
+        raise ValueError(f"series {label!r} has {len(x)} x values and {len(y)} y values")
+    mean, spread = zip(*map(_mean_std, y), strict=True)
+    axes.plot(x, mean, color=colour, label=label, linewidth=1.5)
+    if any(spread):
+        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
 def bars(
     values: Mapping[str, Any],
     *,

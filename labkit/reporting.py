@@ -55,6 +55,9 @@ def _section(run: dict[str, Any]) -> str:
     parts.append(_facts({"parameters": run["parameters"], "versions": run["versions"]}))
     if claims:
         parts.append("<h3>Claims</h3>" + Table(claims)._repr_html_())
+    if made := run.get("artifacts"):
+        steps = [" + ".join(a["parents"]) + " → " * bool(a["parents"]) + a["name"] for a in made]
+        parts.append(f"<p>Lineage: {escape(' · '.join(steps))}</p>")
     parts += [_curve(name, points) for name, points in _series(run["history"]).items()]
     for name, rows in run["tables"].items():
         parts.append(f"<h3>{escape(name)}</h3>{Table(rows)._repr_html_()}")

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from html import escape
@@ -25,6 +25,7 @@ from labkit import machine
 
 VERDICTS = ("holds", "holds in part", "does not hold here")
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
+_UPLOAD_BYTES = 100 * 10**6  # more is not sent to W&B: only where it lies
 _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
 _logger = logging.getLogger("labkit")
 
@@ -127,6 +128,42 @@ class Run:
             self._wandb.log({name: wandb.Table(columns=table.columns, data=data)})
         self._write()
         return Table(rows)
+
+    def artifact(self, name: str, kind: str = "model", parents: Sequence[str] = ()) -> Path:
+        """Note what was trained: the folder `name` of this run, and which others it came from.
+
+        The lineage goes into the record. W&B gets an artifact of the same name with its
+        `parents` as metadata: the files up to 100 MB, beyond that where they lie. Raises
+        `FileNotFoundError` for a folder, `ValueError` for a parent, that is not there.
+        """
+        folder, known = self.path(name), [a["name"] for a in self.record["artifacts"]]
+        if not folder.is_dir():
+            raise FileNotFoundError(f"artifact: expected the folder {name!r} in {self.folder}")
+        if strangers := sorted({*parents} - {*known}):
+            raise ValueError(f"parents: expected some of {known}, got {strangers}")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        about = {"name": name, "kind": kind, "parents": list(parents), "bytes": size}
+        others = [a for a in self.record["artifacts"] if a["name"] != name]
+        self.record["artifacts"] = [*others, about]
+        if self._wandb is not None:
+            import wandb
+
+            made = wandb.Artifact(f"{self.record['notebook']}-{name}", kind, metadata=about)
+            if size <= _UPLOAD_BYTES:
+                for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+                    place = file.relative_to(folder).as_posix()
+                    made.add_file(str(file), place, policy="immutable", skip_cache=True)  # no copy
+            else:
+                made.add_reference(folder.resolve().as_uri(), checksum=False)
+            self._wandb.log_artifact(made)
+        self._write()
+        return folder
+
+    def lineage(self) -> Table:
+        """What was trained in this run, in order: name, kind, what it came from, size."""
+        rows = [{**a, "parents": ", ".join(a["parents"]), "bytes": f"{a['bytes'] / 1e6:.1f} MB"}
+                for a in self.record["artifacts"]]  # fmt: skip
+        return Table([{"size" if k == "bytes" else k: v for k, v in row.items()} for row in rows])
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -341,6 +378,7 @@ def _new_record(notebook: str, folder: Path, parameters: dict[str, Any]) -> dict
         "metrics": {},
         "claims": [],
         "tables": {},
+        "artifacts": [],
         "history": [],
     }
 

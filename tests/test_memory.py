@@ -473,6 +473,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"01_full_finetuning: .* of 48.00 GB.*--force"):
         memory.refuse("01_full_finetuning", values)
     memory.refuse("00_start_here", values)
+    sampled = values | {"batch_size": 512, "minibatch_size": 8}  # 512 responses, 8 trained at once
+    planned = plan_of("08_rlhf", sampled).setting
+    assert (planned.technique, planned.batch_size, planned.precision) == ("full", 8, "mixed")
     memory.refuse("02_lora", {"model": "tinytown"})
 
 

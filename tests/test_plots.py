@@ -32,6 +32,22 @@ def test_sweep_draws_mean_and_standard_deviation_of_the_seeds():
     assert (high - low) / 2 == pytest.approx(stdev([0.2, 0.4]))
 
 
+def test_panels_have_one_colour_a_label_and_a_band_over_seeds():
+    pictures = {"reward": {"a": ([1, 2], [[0.0, 2.0], [1.0, 3.0]]), "b": ([1], [5.0])},
+                "KL (nats)": {"b": ([1, 2], [3.0, 4.0])}}  # fmt: skip
+    figure = plots.panels(pictures, xlabel="step", title="Both")
+    left, right = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes] == list(pictures)
+    assert all(axes.get_xlabel() == "step" for axes in figure.axes)
+    assert list(left.lines[0].get_ydata()) == [1.0, 2.0] and len(left.collections) == 1
+    low, high = left.collections[0].get_paths()[0].get_extents().intervaly
+    assert (low, high) == pytest.approx((1 - 2**0.5, 2 + 2**0.5))
+    assert left.lines[1].get_color() == right.lines[0].get_color() != left.lines[0].get_color()
+    assert figure._suptitle.get_text() == "Both" and figure._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="2 x values and 1 y values"):
+        plots.panels({"y": {"a": ([1, 2], [1.0])}}, xlabel="x", title="t")
+
+
 def test_sweep_on_a_log_axis_names_the_values_tried():
     axes = plots.sweep([1, 4, 64], {"a": [[1], [2], [3]]}, logx=True, **LABELS).axes[0]
     assert axes.get_xscale() == "log"

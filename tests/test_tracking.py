@@ -44,6 +44,25 @@ def test_record_holds_what_a_run_was_given_and_measured(tmp_path):
     assert "train" in record["timings"]
 
 
+def test_the_lineage_of_what_was_trained(tmp_path):
+    with tracking.start("08_rlhf", {}, root=tmp_path) as run:
+        for name in ("sft", "policy"):
+            run.path(f"{name}/weights").write_bytes(bytes(2_000_000))
+        run.artifact("sft")
+        run.artifact("policy", parents=["sft"])
+        run.artifact("policy", "adapter", parents=["sft"])  # the cell is run again
+        with pytest.raises(FileNotFoundError, match="expected the folder 'reward'"):
+            run.artifact("reward")
+        with pytest.raises(ValueError, match="expected some of .*'sft'.*, got .'tuned'"):
+            run.artifact("policy", parents=["tuned"])
+        assert "policy | adapter | sft" in repr(run.lineage()) and "2.0 MB" in repr(run.lineage())
+    made = read(run)["artifacts"]
+    assert [(a["name"], a["parents"], a["bytes"]) for a in made] == [
+        ("sft", [], 2_000_000), ("policy", ["sft"], 2_000_000)
+    ]  # fmt: skip
+    assert "Lineage: sft · sft → policy" in tracking.report(tmp_path).read_text("utf-8")
+
+
 def test_a_failure_inside_with_is_recorded(tmp_path):
     with pytest.raises(FloatingPointError):
         with tracking.start("x", {}, root=tmp_path) as run:
@@ -187,7 +206,8 @@ def test_wandb_stays_offline_silent_and_inside_the_run(tmp_path):
     code = (
         "import sys; from labkit import tracking\n"
         "run = tracking.start('x', {'rank': 8}, root=sys.argv[1])\n"
-        "run.log({'loss': 1.0}, step=0); run.table('t', [{'a': 1}]); run.finish()\n"
+        "run.log({'loss': 1.0}, step=0); run.table('t', [{'a': 1}])\n"
+        "run.path('sft/w.bin').write_bytes(b'1' * 1000); run.artifact('sft'); run.finish()\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}  # no login, no network
@@ -199,4 +219,7 @@ def test_wandb_stays_offline_silent_and_inside_the_run(tmp_path):
     (folder,) = (tmp_path / "root" / "runs" / "x").iterdir()
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert not (tmp_path / "wandb").exists()
+    assert [f for f in tmp_path.rglob("*") if f.is_file() and f.stat().st_size == 1000] == [
+        folder / "sft" / "w.bin"  # not copied
+    ]
     assert not list(folder.rglob("wandb-metadata.json"))

@@ -14,6 +14,7 @@ TECHNIQUES = {  # by the name of the notebook, without its number
     "qlora": "qlora",
     "prefix_tuning": "prefix",
     "adapter": "adapter",
+    "rlhf": "full",  # its reward model; PPO, which holds a reference and a reward besides, needs more
 }
 NAMES = {  # a notebook's parameter: the planner's setting
     "model": "model",
@@ -38,7 +39,11 @@ def plan_of(notebook: str, values: Mapping[str, Any]) -> Plan | None:
     if technique is None or values.get("model", "tinytown") == "tinytown":
         return None
     settings = {ours: values[theirs] for theirs, ours in NAMES.items() if theirs in values}
-    if values.get("dtype") == "bfloat16":
+    if (
+        "minibatch_size" in values
+    ):  # the notebook's batch is what PPO samples, not what trains at once
+        settings |= {"batch_size": min(16, values["minibatch_size"]), "precision": "mixed"}
+    elif values.get("dtype") == "bfloat16":
         settings["precision"] = "bf16"
     elif values.get("dtype") == "float32":
         settings["precision"] = "mixed"
