@@ -31,7 +31,7 @@ def save(
     settings: dict[str, Any],
     state: dict[str, Any],
 ) -> Path:
-    """Writes `checkpoint-<step>` into `folder`, then removes all but the two newest.
+    """Writes `checkpoint-<step>` into `folder`, then removes those before it but for one.
 
     Raises OSError if it cannot be written; earlier checkpoints then stay.
     """
@@ -52,9 +52,18 @@ def save(
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(f"output_dir: could not write {target}: {error}; free some space or choose a "
                       "folder that you may write to; earlier checkpoints are kept") from error  # fmt: skip
-    for old in _whole(folder)[KEEP:]:
+    earlier = [f for f in _whole(folder) if f.parent == folder and _step(f) < step]
+    for old in earlier[KEEP - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def check_unused(folder: str | Path) -> None:
+    """Raises ValueError if `folder` has checkpoints: they would be mixed up with a new run's."""
+    folder = Path(folder).expanduser()
+    if found := [f.name for f in _whole(folder) if f.parent == folder]:
+        raise ValueError(f"output_dir: expected a folder without checkpoints for a new run, found "
+                         f"{found[0]} in {folder}; name another, or go on from it by resume")  # fmt: skip
 
 
 def load(
@@ -103,7 +112,11 @@ def _whole(folder: Path) -> list[Path]:
     found = [f for f in (folder, *folder.glob("**/checkpoint-*"))
              if re.fullmatch(r"checkpoint-\d+", f.name)
              and all((f / name).is_file() for name in (WEIGHTS, MOMENTS, STATE))]  # fmt: skip
-    return sorted(found, key=lambda f: -int(f.name.rpartition("-")[2]))
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _same(source: Path, kept: dict[str, Any], own: dict[str, Any]) -> None:
@@ -118,8 +131,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _frozen_sum(model: nn.Module) -> float:
-    frozen = [p.detach().double().abs().sum() for p in model.parameters() if not p.requires_grad]
-    return float(sum(frozen))
+    frozen = (p.detach() for p in model.parameters() if not p.requires_grad)
+    return float(sum(p.abs().sum(dtype=torch.float64) for p in frozen))
 
 
 def _shapes(tensors: dict[str, Any]) -> dict[str, list[int]]:

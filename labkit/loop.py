@@ -68,6 +68,8 @@ class Loop:
         self.stopped = ""
         if resume:
             self._resume(resume)
+        elif save_steps and output_dir is not None:
+            checkpoints.check_unused(output_dir)
         self.begun, self.started = len(self.history), time.perf_counter()
 
     def _resume(self, folder: str) -> None:

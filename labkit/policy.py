@@ -54,6 +54,7 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()
+        self.cut = model.device.type == "cpu"
         self.packing = model.device.type == "cpu" and self._keeps_apart()
 
     def batch(
@@ -65,7 +66,7 @@ class PolicyWithValue(nn.Module):
         line where the model keeps them apart; else they are padded on the right, where nothing
         sees it, so any id can stand there.
         """
-        cut = self.device.type == "cpu" and not self.packing
+        cut = self.cut and not self.packing
         rows = sorted(map(int, rows), key=lambda i: len(ids[i]))
         sizes = [len(ids[i]) for i in rows]
         collator = Collator(0, packing=self.packing, cut=cut)

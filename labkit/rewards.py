@@ -19,17 +19,19 @@ def ask(
 ) -> list[float]:
     """One finite number for each response, in order.
 
-    Raises RuntimeError if the reward raises (its own error is the cause), ValueError if it gives
-    another count, or something that is no finite number; all name a prompt and its response.
+    Raises RuntimeError if the reward raises, or gives what cannot be listed (its own error is the
+    cause), ValueError if it gives another count, or something that is no finite number; all name a
+    prompt and its response.
     """
     extra = {"rows": list(rows)} if "rows" in inspect.signature(reward).parameters else {}
     try:
         given = reward(list(prompts), list(responses), **extra)
+        values = given.tolist() if hasattr(given, "tolist") else list(given)
+        values = list(values)  # of a single number, tolist makes no list
     except Exception as error:
         i = _culprit(reward, prompts, responses, extra)
         raise RuntimeError(f"reward: raised {type(error).__name__}: {error}; "
                            f"{_where(prompts[i], responses[i])}") from error  # fmt: skip
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
     if len(values) != len(responses):
         raise ValueError(f"reward: expected {len(responses)} numbers, one for each response, got "
                          f"{len(values)}; the first: {_where(prompts[0], responses[0])}")  # fmt: skip
@@ -44,7 +46,7 @@ def _culprit(reward: Reward, prompts: Sequence[Any], responses: Sequence[str], e
     """The first row that the reward fails on when asked alone; 0 if it fails on none."""
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
-            reward([prompt], [response], **{name: [rows[i]] for name, rows in extra.items()})
+            list(reward([prompt], [response], **{name: [rows[i]] for name, rows in extra.items()}))
         except Exception:
             return i
     return 0
@@ -53,7 +55,7 @@ def _culprit(reward: Reward, prompts: Sequence[Any], responses: Sequence[str], e
 def _finite(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         return False
 
 

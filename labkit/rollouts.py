@@ -124,7 +124,7 @@ def collect(
     texts = tokenizer.batch_decode([replies[i] for i in mine], skip_special_tokens=True)
     clock.stop("sample")
     shown, rows = [asked[i].shown for i in mine], [asked[i].row for i in mine]
-    rewards = _everywhere(lambda: ask(reward, shown, texts, rows))
+    rewards = everywhere(lambda: ask(reward, shown, texts, rows))
     clock.stop("reward")
     ids = {i: np.array(asked[i].ids + reply) for i, reply in replies.items()}
     scores = _score(policy, ids, replies, shares, config.temperature)
@@ -218,16 +218,16 @@ def means(found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(found[0], mean.tolist(), strict=True))
 
 
-def _everywhere(call: Callable[[], Any]) -> Any:
+def everywhere(call: Callable[[], Any]) -> Any:
     """`call()`; what it raises in one process is raised in all, which would wait for ever."""
     found = failure = None
     try:
         found = call()
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         failure = error
-    failures = [one for one in gather_object([failure]) if one is not None]
+    failures = [one for one in gather_object([failure and str(failure)]) if one is not None]
     if failures:
-        raise failure or failures[0]
+        raise failure or RuntimeError(failures[0])
     return found
 
 

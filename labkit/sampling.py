@@ -25,6 +25,9 @@ from labkit.logprobs import position_ids
 from labkit.speed import base_model
 from labkit.templates import Row, renderer, turns
 
+# A mask of zeros and ones is looked at by the model at every token, for which the host waits.
+READY_MASK = {"cpu": False}
+TAKE_READY_MASK = ("gemma", "gpt2", "llama", "mistral", "qwen2")  # tried, without windows
 # Asking whether rows have ended makes the host wait for a GPU; on a CPU it costs nothing.
 STEPS_BETWEEN_QUESTIONS = {"cpu": 1}
 STEPS_ON_A_DEVICE = 16
@@ -140,6 +143,24 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, mask
 
 
+def ready_mask(seen: Tensor, queries: int) -> Tensor:
+    """Who may look at whom, for the last `queries` positions: (B, K) → bool (B, 1, queries, K).
+
+    At earlier real tokens and at oneself, so that padding has somewhere to look, too.
+    """
+    keys = torch.arange(seen.shape[1], device=seen.device)
+    own = keys[-queries:, None]
+    return (seen.bool()[:, None, None] & (keys <= own)) | (keys == own)
+
+
+def _takes_ready_mask(model: Any) -> bool:
+    config = base_model(model).config
+    plain = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
+    windows = getattr(config, "sliding_window", None) is not None or not plain
+    known = config.model_type in TAKE_READY_MASK and not windows
+    return known and config._attn_implementation == "sdpa"
+
+
 def invert(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """The tokens (B,) at which the cumulative distributions of `logits` (B, V) pass `uniforms`.
 
@@ -159,13 +180,15 @@ def _sample_batch(
     pause = STEPS_BETWEEN_QUESTIONS.get(ids.device.type, STEPS_ON_A_DEVICE)
     positioned = "position_ids" in inspect.signature(base_model(model).forward).parameters
     mask = torch.cat([mask, mask.new_ones(count, length)], dim=1)
+    ready = READY_MASK.get(ids.device.type, True) and _takes_ready_mask(model)
     cache, rows = DynamicCache(), torch.arange(count, device=ids.device)
     tokens = ids.new_zeros(count, length)
     ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
     for t in range(length):
         seen = mask[:, : width + t]
         extra = {"position_ids": position_ids(seen)[:, -ids.shape[1] :]} if positioned else {}
-        output = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True,
+        attention = ready_mask(seen, ids.shape[1]) if ready else seen
+        output = model(input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True,
                        logits_to_keep=1, **extra)  # fmt: skip
         drawn = invert(output.logits[:, -1], uniforms[:, t], temperature)
         tokens[rows, t], ids = drawn, drawn[:, None]

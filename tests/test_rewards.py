@@ -47,6 +47,19 @@ def test_the_row_that_raises_is_named():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.parametrize(
+    "reward", [lambda p, r: None, lambda p, r: 1.0, lambda p, r: (1 / (len(x) - 2) for x in r)]
+)
+def test_what_is_no_list_of_numbers_is_named_too(reward):
+    """Nothing, a single number, and a generator that fails when it is read."""
+    with pytest.raises(RuntimeError, match="reward: raised .*Error: .*prompt '(one|two)'"):
+        ask(reward, PROMPTS, RESPONSES, ROWS)
+    with pytest.raises((RuntimeError, ValueError), match="prompt 'one', response 'a'"):
+        ask(lambda p, r: torch.tensor(1.0), PROMPTS, RESPONSES, ROWS)
+    with pytest.raises(ValueError, match=r"finite number, got \[1.0, 2.0\]; prompt 'one'"):
+        ask(lambda p, r: torch.tensor([[1.0, 2.0]] * 3), PROMPTS, RESPONSES, ROWS)
+
+
 def test_a_reward_that_fails_on_batches_only():
     def reward(prompts, responses):
         if len(prompts) > 1:

@@ -1,5 +1,7 @@
 """Sampling by inverting the distribution: what it draws, and what must not matter to it."""
 
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,35 @@ def test_rows_that_end_leave(tiny_model):
     assert found == alone and len({len(row) for row in found}) > 3
     for row in found:
         assert not ends & set(row[:-1]) and (row[-1] in ends or len(row) == 12)
+
+
+@pytest.mark.parametrize("pause", [1, 5, 16])
+def test_what_a_gpu_would_do_gives_the_same(tiny_model, monkeypatch, arch, pause):
+    """A mask that is ready, rows that go on for a while after their end: the same samples."""
+    model, uniforms = tiny_model(arch), np.random.default_rng(0).random((6, 12))
+    prompts, ends = [LONG, SHORT, LONG[:5], SHORT + LONG, [3], LONG[2:]], set(range(0, 448, 3))
+    options = dict(ends=ends, pad_id=0)
+    expected = sample(model, prompts, uniforms, **options)
+    masks, forward = [], model.forward
+    monkeypatch.setattr(sampling, "READY_MASK", {})
+    monkeypatch.setattr(sampling, "STEPS_BETWEEN_QUESTIONS", {"cpu": pause})
+
+    @wraps(forward)
+    def spy(*args, **kwargs):
+        masks.append(kwargs["attention_mask"].ndim)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    assert sample(model, prompts, uniforms, **options) == expected
+    assert set(masks) == ({4} if arch in ("llama", "qwen2", "gemma", "mistral", "gpt2") else {2})
+
+
+def test_a_ready_mask_by_hand():
+    seen = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    found = sampling.ready_mask(seen, 3)[:, 0].int().tolist()
+    assert found[0] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself, nobody sees it
+    assert found[1] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert sampling.ready_mask(seen, 1)[:, 0].int().tolist() == [[[0, 1, 1]], [[1, 1, 1]]]
 
 
 def test_the_cache_gives_what_whole_passes_give(tiny_model, arch):

@@ -92,6 +92,24 @@ def test_it_learns_what_is_rewarded(tiny_folder, method):
     assert history[-1]["kl"] > 0.05 > abs(history[0]["kl"])
 
 
+def test_a_begin_token_stands_once(tiny_folder, make_tokenizer):
+    """Llama's tokenizer puts one before every text, and so does its template."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, _ = models.load(str(tiny_folder()), dtype="float32")
+    tokenizer, seen, forward = make_tokenizer(chat=False), [], model.forward
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    model.resize_token_embeddings(len(tokenizer))
+    model.forward = lambda *a, **k: seen.append(k["input_ids"]) or forward(*a, **k)
+    config = CriticFreeConfig(**{**SMALL, "steps": 1}, beta=0.0)
+    critic_free.train(model, tokenizer, PROMPTS, lambda p, r: [0.0] * len(r), config)
+    counts = (seen[0] == tokenizer.bos_token_id).sum(1)
+    assert counts.tolist() == [1] * len(counts)
+
+
 def test_a_reward_that_fails_names_the_text(tiny_folder):
     model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
     with pytest.raises(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from labkit import sampling
+from labkit import batching, sampling
 from labkit.logprobs import token_logps
 from labkit.policy import PolicyWithValue
 from labkit.techniques import lora, ppo
@@ -202,10 +202,17 @@ def test_the_controller_goes_towards_its_target():
 # The policy
 
 
-def test_scores_are_those_of_each_sequence_alone(tiny_model, tiny_tokenizer, arch):
-    """However rows are batched: by shared lines, by parts, or padded; also the entropy."""
+@pytest.mark.parametrize("way", ["shared lines", "parts", "padded"])
+def test_scores_are_those_of_each_sequence_alone(
+    tiny_model, tiny_tokenizer, arch, way, monkeypatch
+):
+    """However rows are batched, the last way as on a GPU; also the entropy."""
     config = replace(SMALL, temperature=0.7)
     policy, _ = make(tiny_model(arch))
+    policy.packing, policy.cut = policy.packing and way == "shared lines", way == "parts"
+    monkeypatch.setattr(
+        batching, "cuts", lambda lengths: [1, len(lengths)] if len(lengths) > 1 else [1]
+    )
     nn.init.normal_(policy.value_head.weight)
     found = ppo.rollout(policy, tiny_tokenizer, PROMPTS, length_reward, config)
     with torch.no_grad():
@@ -214,12 +221,12 @@ def test_scores_are_those_of_each_sequence_alone(tiny_model, tiny_tokenizer, arc
             output = policy.model(ids, output_hidden_states=True)
             logits = output.logits / config.temperature
             logp = token_logps(logits, ids)[0, -length:]
-            torch.testing.assert_close(found.logp[i, :length], logp, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found.logp[i, :length], logp, atol=3e-5, rtol=1e-4)
             categorical = torch.distributions.Categorical(logits=logits[0, -length - 1 : -1])
             entropy = categorical.entropy()
             torch.testing.assert_close(found.entropy[i, :length], entropy, atol=1e-4, rtol=1e-4)
             values = policy.value_head(output.hidden_states[-1])[0, -length - 1 : -1, 0]
-            torch.testing.assert_close(found.values[i, :length], values, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found.values[i, :length], values, atol=3e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -270,9 +277,9 @@ def test_a_shared_backbone_learns_from_values(tiny_model, tiny_tokenizer):
     assert policy.model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_first_ratio_is_exactly_1(tiny_model, tiny_tokenizer, arch, precision):
-    config = replace(SMALL, epochs=1, minibatch_size=6, beta=0.0)
+@pytest.mark.parametrize(("precision", "temperature"), [("fp32", 0.7), ("bf16", 1.0)])
+def test_the_first_ratio_is_exactly_1(tiny_model, tiny_tokenizer, arch, precision, temperature):
+    config = replace(SMALL, epochs=1, minibatch_size=6, beta=0.0, temperature=temperature)
     policy, optimizer = make(tiny_model(arch), precision=precision)
     found = ppo.rollout(policy, tiny_tokenizer, PROMPTS, length_reward, config)
     metrics = ppo.update(policy, found, config, optimizer)
@@ -521,10 +528,52 @@ def test_what_cannot_be_resumed(tiny_model, tiny_tokenizer, tmp_path):
         trained(tiny_model(), tiny_tokenizer, replace(again, beta=0.5), output_dir=tmp_path)
     with pytest.raises(ValueError, match=r"written with model.*, got None"):
         trained(tiny_model("gpt2"), tiny_tokenizer, again, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="output_dir: expected a folder without checkpoints"):
+        trained(tiny_model(), tiny_tokenizer, config, output_dir=tmp_path)
     (tmp_path / "checkpoint-2" / "state.json").unlink()  # half written: the one before is taken
+    seen = []
+    trained(tiny_model(), tiny_tokenizer, again, output_dir=tmp_path,
+            log=lambda metrics, step: seen.append(step))  # fmt: skip
+    assert seen == [2]
+    (tmp_path / "checkpoint-2" / "state.json").unlink()
     (tmp_path / "checkpoint-1" / "state.json").unlink()
     with pytest.raises(FileNotFoundError, match="resume: expected a folder"):
         trained(tiny_model(), tiny_tokenizer, again, output_dir=tmp_path)
+
+
+def test_only_a_runs_own_earlier_checkpoints_are_removed(tiny_model, tiny_tokenizer, tmp_path):
+    """A greater step in a folder below it, of another run, stays, and so does the newest."""
+    config = replace(SMALL, steps=3, save_steps=1)
+    for folder in (tmp_path / "other", tmp_path):
+        trained(tiny_model(), tiny_tokenizer, config, output_dir=folder)
+        assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert (tmp_path / "other" / "checkpoint-3" / "state.json").exists()
+
+
+def test_the_kl_that_is_logged_is_k3_summed_over_a_response(tiny_model, tiny_tokenizer):
+    """mean over responses of sum over tokens of q/p - 1 - log(q/p), q the reference."""
+    seen = []
+    config = replace(SMALL, steps=2, learning_rate=1e-2)
+    result = trained(tiny_model(), tiny_tokenizer, config,
+                     on_rollout=lambda rollout, metrics: seen.append(rollout))  # fmt: skip
+    logp, ref_logp, mask = seen[1].logp, seen[1].ref_logp, seen[1].mask
+    sums = {"kl": [], "kl_k1": []}
+    for p, q, kept in zip(logp, ref_logp, mask, strict=True):
+        log_ratio = [(b - a).item() for a, b in zip(p[kept], q[kept], strict=True)]
+        sums["kl"].append(sum(math.exp(x) - 1 - x for x in log_ratio))
+        sums["kl_k1"].append(sum(-x for x in log_ratio))
+    for name, values in sums.items():
+        assert result.history[1][name] == pytest.approx(sum(values) / 6, rel=1e-4, abs=1e-5)
+    assert result.history[1]["kl"] > 0.01
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_checkpoint(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="step 1: expected a finite"):
+        trained(model, tiny_tokenizer, replace(SMALL, epochs=1, minibatch_size=6, save_steps=1),
+                output_dir=tmp_path)  # fmt: skip
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_checkpoint_that_cannot_be_written(tiny_model, tiny_tokenizer, tmp_path):

@@ -99,7 +99,9 @@ def train(
     models.check_tokenizer(tokenizer, None)
     asked = sampling.encode(prompts, model, tokenizer, config.template, config.max_new_tokens)
     render = renderer(tokenizer, config.template)
+    begin = _begin(tokenizer)
     texts = [render({**a.row, "prompt": a.shown, "completion": ""})[0] for a in asked]
+    texts = [text.removeprefix(begin) for text in texts]
     # A step needs all its prompts at once, or TRL ends before it begins.
     numbers = list(range(len(asked))) * math.ceil(config.batch_size / len(asked))
     rows = Dataset.from_dict({"prompt": [texts[i] for i in numbers], "number": numbers})
@@ -118,6 +120,12 @@ def train(
             run.remove_callback(callback)
         run.train()
     return _history(run.state.log_history)
+
+
+def _begin(tokenizer: Any) -> str:
+    """The begin token, where the tokenizer adds one: TRL lets it, and the template has it already."""
+    ids = tokenizer("x")["input_ids"]
+    return tokenizer.bos_token if tokenizer.bos_token_id in ids[:1] else ""
 
 
 def _arguments(model: Any, config: CriticFreeConfig, folder: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from labkit.speed import as_before, quicken_attention
 from labkit.templates import TEMPLATES, Row
 
 SAMPLING, SHUFFLING, DRAWING = range(3)  # what random numbers are for
-FREE = ("resume", "save_steps", "sampling_batch")  # may change when a run is resumed
+FREE = ("resume", "save_steps", "sampling_batch", "kl_limit")  # may change when a run is resumed
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ def update(
             optimizer.step()
             found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
     metrics = rollouts.means(found)
-    check_finite(metrics["loss"], step + 1, optimizer.param_groups[0]["lr"])
+    for value in (metrics["loss"], metrics["gradient_norm"]):  # a step with either spoils weights
+        check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
     explained = explained_variance(rollout.values, old["returns"], rollout.mask)
     return metrics | {"explained_variance": explained}
 
@@ -342,10 +344,14 @@ def train(
             asked = [prompts[row] for row in rows]
             sampled = rollout(policy, tokenizer, asked, reward, config, step)
             metrics = _learn(loop, wrapped, sampled, step, config, optimizer)
-            if on_rollout and loop.first:
-                on_rollout(sampled, metrics)
-            loop.record(metrics, f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}")
+            rollouts.everywhere(partial(_close, loop, sampled, metrics, on_rollout))
     return loop.result()
+
+
+def _close(loop: Loop, rollout: Rollout, metrics: dict[str, float], on_rollout: Any) -> None:
+    if on_rollout and loop.first:
+        on_rollout(rollout, metrics)
+    loop.record(metrics, f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}")
 
 
 def _learn(
