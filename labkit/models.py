@@ -115,7 +115,7 @@ def _read(folder: Path, model: str, dtype, trust_remote_code: bool, attention: s
 
     common = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(folder, **common)
             network, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -263,7 +263,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     scratch = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     try:
         scratch.mkdir(parents=True)
-        with _no_progress_bar():
+        with no_progress_bar():
             model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         _swap(scratch, folder)
@@ -364,7 +364,7 @@ def _dtype(dtype: str, device: str) -> Any:
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging as tf_logging
 
     shown = tf_logging.is_progress_bar_enabled()

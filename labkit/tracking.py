@@ -129,7 +129,7 @@ class Run:
         self._write()
         return Table(rows)
 
-    def artifact(self, name: str, kind: str = "model", parents: Sequence[str] = ()) -> Path:
+    def artifact(self, name: str, kind: str = "model", parents: Sequence[str] = ()) -> None:
         """Note what was trained: the folder `name` of this run, and which others it came from.
 
         The lineage goes into the record. W&B gets an artifact of the same name with its
@@ -157,7 +157,6 @@ class Run:
                 made.add_reference(folder.resolve().as_uri(), checksum=False)
             self._wandb.log_artifact(made)
         self._write()
-        return folder
 
     def lineage(self) -> Table:
         """What was trained in this run, in order: name, kind, what it came from, size."""

@@ -112,7 +112,7 @@ def train(
 
     kind = config.method.upper()
     trainer, settings = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, models.no_progress_bar():
         arguments = settings(**_arguments(model, config, str(output_dir or scratch)))
         run = trainer(model=model, reward_funcs=score, args=arguments, train_dataset=rows,
                       processing_class=tokenizer)  # fmt: skip

@@ -287,9 +287,10 @@ class RewardModel:
         config = transformers.AutoConfig.from_pretrained(folder)
         settings: dict[str, Any] = getattr(config, "reward", {})
         _require("folder", str(folder), settings, "a model that RewardModel.save wrote")
-        network, info = classifier.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
-        )
+        with models.no_progress_bar():
+            network, info = classifier.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True
+            )
         _require("folder", sorted(info["missing_keys"]), not info["missing_keys"], "all weights")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return cls(network.to(device).eval(), tokenizer, **settings)
