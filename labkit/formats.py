@@ -224,6 +224,9 @@ def _ranking(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
         )
     if not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
         raise ValueError(f"{where}: 'ranks': expected whole numbers from 1 (best), got {ranks!r}")
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"{where}: 'ranks': expected no ties (decide them, or leave a response out), "
+                         f"got {ranks!r}")  # fmt: skip
     for response in responses:
         _text({"responses": response}, "responses", where)
     _ = prompt if isinstance(prompt, list) else _text(row, "prompt", where)

@@ -301,6 +301,7 @@ def test_ranking():
 
 BAD_ROWS = {
     "ranks": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "2 responses and 1 ranks"),
+    "tie": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}, "expected no ties"),
     "rank 0": ({"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1]}, "whole numbers from 1"),
     "role": ({"messages": [{"role": "alien", "content": "x"}]}, "expected a role among"),
     "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "answer of the assistant"),

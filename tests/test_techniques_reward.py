@@ -290,11 +290,13 @@ def test_best_first():
         (pair(chosen=[{"role": "user", "content": "x"}]), "expected text or one assistant message"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("use", ["train", "evaluate"])
+@pytest.mark.parametrize("use", ["check", "train", "evaluate"])
 def test_rows_that_cannot_work_are_named(tiny_model, network, tiny_tokenizer, row, problem, use):
     rows = [pair(), row, pair()]
     with pytest.raises(ValueError, match=f"^rows: row 2: .*{problem}"):
-        if use == "train":
+        if use == "check":
+            reward.check(rows, tiny_tokenizer)
+        elif use == "train":
             reward.train(tiny_model(), tiny_tokenizer, rows, progress=False)
         else:
             reward.evaluate(RewardModel(network(), tiny_tokenizer), rows)

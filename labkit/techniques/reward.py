@@ -184,6 +184,11 @@ def best_first(row: Row) -> list[str]:
     return texts
 
 
+def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> None:
+    """Raises ValueError, naming the row (from 1), for what cannot be learned from; see `best_first`."""
+    _render(rows, tokenizer, template)
+
+
 def _render(rows: Sequence[Row], tokenizer: Any, template: str) -> list[list[Rendered]]:
     """Each row's texts in the template, the best first. Errors name the row, counted from 1."""
     models.check_tokenizer(tokenizer, None)
