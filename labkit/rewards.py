@@ -26,8 +26,7 @@ def ask(
     extra = {"rows": list(rows)} if "rows" in inspect.signature(reward).parameters else {}
     try:
         given = reward(list(prompts), list(responses), **extra)
-        values = given.tolist() if hasattr(given, "tolist") else list(given)
-        values = list(values)  # of a single number, tolist makes no list
+        values = list(given.tolist() if hasattr(given, "tolist") else given)
     except Exception as error:
         i = _culprit(reward, prompts, responses, extra)
         raise RuntimeError(f"reward: raised {type(error).__name__}: {error}; "

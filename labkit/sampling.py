@@ -36,10 +36,11 @@ WORTH_DROPPING = 0.2  # share of a batch that must have ended before the rest is
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its row, what a reward sees of it, and the ids that a model goes on from."""
+    """A prompt: its row, what a reward sees, the text in its template, and that text's ids."""
 
     row: Row
     shown: Any
+    text: str
     ids: list[int]
 
 
@@ -66,7 +67,7 @@ def encode(
         if not 0 < len(ids) <= context - room:
             raise ValueError(f"prompts: prompt {number}: expected 1 to {context - room} tokens (the "
                              f"model's context less {room} new ones), got {len(ids)}")  # fmt: skip
-        encoded.append(Prompt(row, shown, ids))
+        encoded.append(Prompt(row, shown, text, ids))
     return encoded
 
 

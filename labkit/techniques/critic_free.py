@@ -15,14 +15,13 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from labkit import models, sampling
 from labkit.rewards import Reward, ask
-from labkit.templates import TEMPLATES, Row, renderer
+from labkit.templates import TEMPLATES, Row
 
 METHODS = ("rloo", "grpo")
 
@@ -83,8 +82,6 @@ def train(
     prompts: Sequence[Row | str],
     reward: Reward,
     config: CriticFreeConfig | None = None,
-    *,
-    output_dir: str | Path | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place by TRL's trainer; returns `reward`, `length` and `kl` of each.
 
@@ -98,10 +95,8 @@ def train(
     config = config or CriticFreeConfig()
     models.check_tokenizer(tokenizer, None)
     asked = sampling.encode(prompts, model, tokenizer, config.template, config.max_new_tokens)
-    render = renderer(tokenizer, config.template)
     begin = _begin(tokenizer)
-    texts = [render({**a.row, "prompt": a.shown, "completion": ""})[0] for a in asked]
-    texts = [text.removeprefix(begin) for text in texts]
+    texts = [prompt.text.removeprefix(begin) for prompt in asked]
     # A step needs all its prompts at once, or TRL ends before it begins.
     numbers = list(range(len(asked))) * math.ceil(config.batch_size / len(asked))
     rows = Dataset.from_dict({"prompt": [texts[i] for i in numbers], "number": numbers})
@@ -113,7 +108,7 @@ def train(
     kind = config.method.upper()
     trainer, settings = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     with tempfile.TemporaryDirectory() as scratch, models.no_progress_bar():
-        arguments = settings(**_arguments(model, config, str(output_dir or scratch)))
+        arguments = settings(**_arguments(model, config, scratch))
         run = trainer(model=model, reward_funcs=score, args=arguments, train_dataset=rows,
                       processing_class=tokenizer)  # fmt: skip
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):

@@ -186,8 +186,9 @@ def rank_samples(
 ) -> list[Row]:
     """Rankings of four to nine different responses that a model sampled to each of `rows`.
 
-    `samples` has them, nine or more a row; empty and equal ones are left out, and rows with
-    fewer than two. See `ranked` for how they are ordered.
+    `samples` has them, nine or more a row. Empty and equal ones are left out, so a ranking is
+    shorter where the model repeats itself, and a row with fewer than two has none. See `ranked`
+    for how they are ordered.
     """
     dice, found = random.Random(seed), []
     for row, said in zip(rows, samples, strict=True):
