@@ -3,8 +3,8 @@
 For each seed an SFT model and a reward model are made once and kept in `--folder`:
 
     SFT      the embedded base after demonstrations, a third of them flawed
-    reward   rankings of 4-9 responses that this model sampled, by an annotator who follows the
-             gold judge, throws dice where it sees two as equal, and errs with `noise`
+    reward   rankings of 4-9 responses that this model sampled, fewer where it repeated itself, by an
+             annotator who follows the gold judge, throws dice where it sees two as equal, and errs with `noise`
 
 then every arm trains from there (`base` and `SFT` do not train), on the same prompts, for as many episodes:
 
