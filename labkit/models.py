@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import json
 import logging
 import random
@@ -28,10 +27,9 @@ log = logging.getLogger("labkit")
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in record.getMessage()
 )
-SAVED_FILES = re.compile(
-    r".*\.(safetensors|safetensors\.index\.json)|(|generation_|adapter_)config\.json|labkit\.json"
-    r"|tokenizer.*|(special_tokens_map|added_tokens)\.json|chat_template\.jinja|merges\.txt"
-    r"|vocab\..*|README\.md"
+SAVED = re.compile(
+    r"(|generation_|adapter_)config\.json|.*\.safetensors(|\.index\.json)|labkit\.json|README\.md"
+    r"|tokenizer.*|(special_tokens_map|added_tokens)\.json|chat_template\.jinja|merges\.txt|vocab\..*"
 )
 
 
@@ -56,21 +54,18 @@ def load(
     device, kind = find_device(device), getattr(torch, dtype.replace("auto", "float32"), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    if model == "tinytown":
-        from labkit import tinytown
-
-        model = str(tinytown.base_folder())
-    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    folder = Path(__file__).parent / "tinytown" / "base" if model == "tinytown" else Path(model)
+    name = str(folder.expanduser()) if folder.expanduser().exists() else str(model)
+    files = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         with no_progress_bar():
-            network, tokenizer = _read(model, options, dtype=kind, attn=attn_implementation)
+            network, tokenizer = _read(name, files, kind, attn_implementation)
     except Exception as error:
         raise _explained(error, model) from error
     check_tokenizer(tokenizer, pad_token)
     _fit_embeddings(network, tokenizer)
-    for config in (network.config, network.generation_config):
-        if config is not None:
-            config.pad_token_id = tokenizer.pad_token_id
+    for config in filter(None, (network.config, network.generation_config)):
+        config.pad_token_id = tokenizer.pad_token_id
     return network.to(device).eval(), tokenizer
 
 
@@ -78,27 +73,25 @@ def find_device(device: str = "auto") -> str:
     """The name of the device that "auto" means; ValueError for one that is not here."""
     import torch
 
-    has_gpu = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if has_gpu else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?" if has_gpu else "cpu|mps", device):
+    known = r"cpu|mps|cuda(:\d+)?" if torch.cuda.is_available() else "cpu|mps"
+    if device != "auto" and not re.fullmatch(known, device):
         raise ValueError(f"device: expected 'auto', 'cpu' or a GPU that is here, got {device!r}")
-    return device
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _read(model: str, options: dict, dtype: Any, attn: str | None) -> tuple[Any, Any]:
+def _read(name: str, files: dict, dtype: Any, attention: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(model).expanduser()
-    name = str(path) if path.exists() else model
-    config = AutoConfig.from_pretrained(name, **options)
+    config = AutoConfig.from_pretrained(name, **files)
     # One commit for all files; for "main" transformers would ask a server to convert pickles.
-    options["revision"] = getattr(config, "_commit_hash", None) or options["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    options |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
-    network, info = AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn, **options)
+    files["revision"] = getattr(config, "_commit_hash", None) or files["revision"]
+    tokenizer = AutoTokenizer.from_pretrained(name, **files)
+    files |= {"use_safetensors": True, "output_loading_info": True}
+    network, info = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, attn_implementation=attention, **files
+    )
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     if getattr(network, "loss_type", "") is None:  # GPT-2's class name says nothing of its loss
         network.loss_type = "ForCausalLM"
     return network, tokenizer
@@ -110,26 +103,17 @@ def _explained(error: BaseException, model: str) -> Exception:
     chain = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(inner)
-    said = f"model: {model!r} could not be loaded: {str(error).strip().partition(chr(10))[0][:300]}"
-
-    def is_any(*kinds: type) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
-
-    if is_any(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        return ConnectionError(f"{said}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE")
-    if is_any(hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
-        return FileNotFoundError(
-            f"{said}; expected a folder here or a hub id, its revision, and "
-            "your access to it (`hf auth login`)"
+    said = f"model: {model!r} could not be loaded: {' '.join(str(error).split())[:300]}; expected "
+    absent = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError)
+    network = (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    if "file named" in said or any(isinstance(e, absent) for e in chain):
+        wanted = (
+            "a hub id or a folder with config.json, safetensors and tokenizer (no mere adapter)"
         )
-    if is_any(hub.HTTPError, ConnectionError, TimeoutError):
-        return ConnectionError(f"{said}; try again, or give a local folder")
-    if "file named" in said:
-        return FileNotFoundError(
-            f"{said}; expected a folder with config.json, *.safetensors and a "
-            "tokenizer (an adapter alone: load its base, then load_adapter)"
-        )
-    return ValueError(f"{said}; expected a complete causal language model of transformers")
+        return FileNotFoundError(said + wanted)
+    if any(isinstance(e, network) for e in chain):
+        return ConnectionError(said + "a network (HF_ENDPOINT, HF_HUB_OFFLINE) or a local folder")
+    return ValueError(said + "a complete causal language model of transformers")
 
 
 def check_tokenizer(tokenizer: Any, pad_token: str | None = "auto") -> Any:
@@ -140,19 +124,16 @@ def check_tokenizer(tokenizer: Any, pad_token: str | None = "auto") -> Any:
     warning says so. A name sets that token, added if it is new. None only checks.
     Raises ValueError if there is no EOS token, or no pad token apart from it.
     """
-    eos = tokenizer.eos_token
+    pad, eos = tokenizer.pad_token, tokenizer.eos_token
     if eos is None:
         raise ValueError("tokenizer: expected an EOS token (eos_token), got none; set one")
-    if pad_token == "auto" and tokenizer.pad_token in (None, eos):
+    if pad_token == "auto" and pad in (None, eos):
         pad_token = _spare_token(tokenizer)
-        log.warning("pad_token: %r is missing or EOS; using %r", tokenizer.pad_token, pad_token)
+        log.warning("pad_token: %r is missing or the EOS token; using %r instead", pad, pad_token)
     if pad_token not in (None, "auto"):
         tokenizer.add_special_tokens({"pad_token": pad_token})  # a known one keeps its number
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        raise ValueError(
-            f"pad_token: expected a token that differs from the EOS token {eos!r}, "
-            f"got {tokenizer.pad_token!r}; give one, such as '<|pad|>' (added if new)"
-        )
+    if tokenizer.pad_token in (None, eos):
+        raise ValueError(f"pad_token: expected one that differs from the EOS token, got {eos!r}")
     return tokenizer
 
 
@@ -169,18 +150,13 @@ def _spare_token(tokenizer: Any) -> str:
 
 def _fit_embeddings(model: Any, tokenizer: Any) -> None:
     """Give every token a row; new rows start at the mean, so they say nothing special."""
-    import torch
-
     rows = model.get_input_embeddings().weight.shape[0]
     needed = max(tokenizer.get_vocab().values()) + 1
-    if needed <= rows:
-        return
-    log.warning("tokenizer: %d tokens, embedding: %d rows; adding rows at the mean", needed, rows)
-    model.resize_token_embeddings(needed, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
-                layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+    if needed > rows:
+        log.warning("tokenizer: %d tokens, embedding: %d rows; adding rows", needed, rows)
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            layer.weight.data[rows:] = layer.weight.data[:rows].float().mean(0)
 
 
 @dataclass(frozen=True)
@@ -199,7 +175,7 @@ def parameter_counts(model: Any) -> Counts:
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in parameters)
-    return Counts(total, trainable, trainable / total if total else 0.0, size)
+    return Counts(total, trainable, trainable / max(total, 1), size)
 
 
 def meta_model(config: Any) -> Any:
@@ -224,61 +200,42 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     """Write model (or adapter) and tokenizer as safetensors: all of it or nothing.
 
     Written beside `folder` and renamed; an earlier model there is replaced at the end. Raises
-    OSError (FileExistsError for a folder with other files), or ValueError for a base in four bits.
+    FileExistsError for a folder with other files, ValueError for a base in four bits.
     """
     folder, adapter = Path(folder).expanduser().absolute(), hasattr(model, "peft_config")
-    if not adapter and made_of(model)["weights"] == "4-bit":
+    if not adapter and _made_of(model)["weights"] == "4-bit":
         raise ValueError("model: four bits cannot be saved; save an adapter, or use qlora.merge")
     for path in folder.iterdir() if folder.exists() else ():
-        if not SAVED_FILES.fullmatch(path.name) and not (path / "adapter_config.json").is_file():
+        if not SAVED.fullmatch(path.name) and not (path / "adapter_config.json").is_file():
             raise FileExistsError(f"folder: {folder} holds {path.name}, which would be lost")
-    scratch = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    former = scratch.with_suffix(".old")
     try:
         scratch.mkdir(parents=True)
         with no_progress_bar():
             # PEFT would add an embedding that has grown, which fits no published base.
             model.save_pretrained(scratch, **({"save_embedding_layers": False} if adapter else {}))
         for config in scratch.rglob("adapter_config.json"):  # a named adapter has its own folder
-            (config.parent / "labkit.json").write_text(json.dumps({"base": made_of(model)}))
+            (config.parent / "labkit.json").write_text(json.dumps({"base": _made_of(model)}))
         tokenizer.save_pretrained(scratch)
-        _replace(folder, scratch)
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        # safetensors reports a full disk as an error of its own
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise OSError(f"folder: could not write the model to {folder}: {error}") from error
-        raise
+        if folder.exists():
+            folder.rename(former)
+        scratch.rename(folder)
+    finally:
+        if former.exists() and not folder.exists():
+            former.rename(folder)
+        for path in (scratch, former):
+            shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
-def _replace(folder: Path, scratch: Path) -> None:
-    former = scratch.with_name(scratch.name + "-old")
-    if folder.exists():
-        folder.rename(former)
-    try:
-        scratch.rename(folder)
-    except BaseException:
-        if former.exists():
-            former.rename(folder)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def made_of(model: Any) -> dict[str, Any]:
+def _made_of(model: Any) -> dict[str, Any]:
     """What an adapter must find in its base: class, kind, sizes, and the type of the weights."""
-    import torch
-
-    base = base_model(model)
-    config = base.config.get_text_config()
-    found = {
-        k: getattr(config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers")
-    }
-    packed = any(t.dtype == torch.uint8 for t in (*base.parameters(), *base.buffers()))
-    return {
-        "class": type(base).__name__,
-        **found,
-        "weights": "4-bit" if packed else str(base.dtype),
-    }
+    base, config = base_model(model), base_model(model).config.get_text_config()
+    sizes = {k: getattr(config, k) for k in ("model_type", "hidden_size", "num_hidden_layers")}
+    types = {str(t.dtype) for t in (*base.parameters(), *base.buffers())}
+    weights = "4-bit" if "torch.uint8" in types else str(base.dtype)
+    return {"class": type(base).__name__, **sizes, "weights": weights}
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
@@ -291,42 +248,38 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     import peft
     from safetensors.torch import load_file
 
-    folder = Path(folder).expanduser()
-    if not (folder / "adapter_model.safetensors").is_file():
-        named = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-        hint = f"it has them in {', '.join(named)}" if named else "give one that models.save wrote"
-        raise FileNotFoundError(f"folder: {folder} has no adapter_model.safetensors; {hint}")
+    folder, file = Path(folder).expanduser(), "adapter_model.safetensors"
+    if not (folder / file).is_file():
+        others = [path.parent.name for path in folder.glob(f"*/{file}")]
+        raise FileNotFoundError(f"folder: {folder} has no {file} (in folders of it: {others})")
     if hasattr(model, "peft_config"):
         raise ValueError("model: it has adapters already; merge them, or load it again")
-    _check_base(model, folder)
-    before = _snapshot(model)
+    put_back = _snapshot(model)
     try:
+        _check_base(model, folder)
         with quiet_peft():
             tuned = peft.PeftModel.from_pretrained(model, str(folder))
             keys = tuned.load_adapter(str(folder), "default")  # again, for what did not fit
-        weights = load_file(folder / "adapter_model.safetensors")
         soft_prompt = tuned.active_peft_config.is_prompt_learning  # in no list of keys
         wrong = [] if soft_prompt else [*keys.missing_keys, *keys.unexpected_keys]
-        wrong += [name for name, weight in weights.items() if not weight.isfinite().all()]
+        wrong += [k for k, w in load_file(folder / file).items() if not w.isfinite().all()]
         if wrong:
-            raise ValueError(f"{len(wrong)} missing, unknown or non-finite weights, as {wrong[0]}")
+            raise ValueError(f"missing, unknown or non-finite weights, such as {wrong[0]}")
     except Exception as error:
-        before()
+        put_back()
         hint = "; import labkit.techniques.adapter first" if "LABKIT" in str(error) else ""
-        raise ValueError(
-            f"folder: {folder} does not fit the model: {error}"[:400] + hint
-        ) from error
+        raise ValueError(f"folder: {folder} does not fit: {str(error)[:300]}{hint}") from error
     return tuned.eval()
 
 
 def _check_base(model: Any, folder: Path) -> None:
     if not (folder / "labkit.json").is_file():
         return
-    made, given = json.loads((folder / "labkit.json").read_text())["base"], made_of(model)
-    if ("4-bit" in made.pop("weights")) != ("4-bit" in given.pop("weights")):
-        log.warning("folder: %s was trained on a base in other bits (see qlora)", folder)
+    made, given = json.loads((folder / "labkit.json").read_text())["base"], _made_of(model)
+    if ("4-bit" == made.pop("weights")) != ("4-bit" == given.pop("weights")):
+        log.warning("folder: the base of %s had other bits than this one (see qlora)", folder)
     if made != given:
-        raise ValueError(f"folder: the adapter in {folder} was made on {made}, not {given}")
+        raise ValueError(f"made on another base, {made} and not {given}")
 
 
 @contextlib.contextmanager
@@ -341,14 +294,14 @@ def unchanged(model: Any) -> Iterator[None]:
     import torch
     from accelerate.state import AcceleratorState
 
-    before, python, numpy = _snapshot(model), random.getstate(), np.random.get_state()
+    put_back, python, numpy = _snapshot(model), random.getstate(), np.random.get_state()
     shared = AcceleratorState._shared_state
     AcceleratorState._shared_state = dict(shared)  # Accelerators of the body keep this one
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
-        before()
+        put_back()
         model.zero_grad()
         AcceleratorState._shared_state = shared
         random.setstate(python)
@@ -357,38 +310,32 @@ def unchanged(model: Any) -> Iterator[None]:
 
 def _snapshot(model: Any) -> Callable[[], None]:
     """A function that puts all but the values of weights back as it is now."""
-    boxes = (dict, list, set)
-    kept = []
+    kept, configs = [], {}
     for module in model.modules():
-        attributes = dict(vars(module))
-        contents = {k: copy.copy(v) for k, v in attributes.items() if isinstance(v, boxes)}
-        kept.append((module, attributes, contents))
-    flags = [
-        (module, name, weight.requires_grad)
-        for module, _, contents in kept
-        for name, weight in contents["_parameters"].items()
-        if weight is not None
-    ]
-    configs: dict[int, Any] = {}
-    for _, attributes, _ in kept:
-        _find_configs(attributes, configs)
-    # Configurations are shared between modules, so each is kept and refilled itself.
-    states = [(c, copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]
+        now = vars(module)
+        boxes = {k: copy.copy(v) for k, v in now.items() if isinstance(v, dict | list | set)}
+        trained = {k: p.requires_grad for k, p in now["_parameters"].items() if p is not None}
+        kept.append((now, dict(now), boxes, trained))
+        for value in [
+            *now.values(),
+            *(v for b in boxes.values() if isinstance(b, dict) for v in b.values()),
+        ]:
+            if type(value).__name__.endswith("Config"):
+                configs[id(value)] = value
+    # Modules share configurations, so each is refilled itself, and stays the same object.
+    states = [(vars(c), copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]
 
     def put_back() -> None:
-        for module, attributes, contents in kept:
-            for group in ("_parameters", "_buffers"):  # their values may have changed
-                now = vars(module)[group]
-                contents[group] = {
-                    name: now.get(name, was) for name, was in contents[group].items()
-                }
-            _refill(vars(module), attributes)
-            for name, content in contents.items():
-                _refill(attributes[name], content)
-        for config, state in states:
-            _refill(vars(config), state)
-        for module, name, flag in flags:
-            module._parameters[name].requires_grad_(flag)
+        for now, attributes, boxes, trained in kept:
+            for group in ("_parameters", "_buffers"):  # these keep the values of today
+                boxes[group] |= {k: v for k, v in now[group].items() if k in boxes[group]}
+            _refill(now, attributes)
+            for name, content in boxes.items():
+                _refill(now[name], content)
+            for name, flag in trained.items():
+                now["_parameters"][name].requires_grad_(flag)
+        for now, state in states:
+            _refill(now, state)
 
     return put_back
 
@@ -396,16 +343,6 @@ def _snapshot(model: Any) -> Callable[[], None]:
 def _refill(box: Any, content: Any) -> None:
     box.clear()
     (box.extend if isinstance(box, list) else box.update)(content)
-
-
-def _find_configs(value: Any, found: dict[int, Any]) -> None:
-    """Configurations of transformers, of generation and of PEFT, and those within them."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            _find_configs(inner, found)
-    elif type(value).__name__.endswith("Config") and id(value) not in found:
-        found[id(value)] = value
-        _find_configs(vars(value), found)
 
 
 def base_model(model: Any) -> Any:
@@ -420,33 +357,28 @@ def use_float32_attention(model: Any) -> None:
     On a CPU, bfloat16 attention takes up to eight times as long backward: at 37 tokens a
     forward and backward pass took 21.6 ms in bfloat16, 6.7 ms in float32.
     """
+    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    base = base_model(model)
-    if base.config._attn_implementation == "sdpa":
-        AttentionInterface.register("labkit_float32", _float32_attention)
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = query.float(), key.float(), value.float()
+            output, weights = sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
+        return output.to(value.dtype), weights
+
+    if base_model(model).config._attn_implementation == "sdpa":
+        AttentionInterface.register("labkit_float32", attention)
         AttentionMaskInterface.register("labkit_float32", sdpa_mask)
-        base.set_attn_implementation("labkit_float32")
-
-
-def _float32_attention(module, query, key, value, attention_mask, **kwargs):
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    with torch.autocast(query.device.type, enabled=False):
-        output, weights = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), attention_mask, **kwargs
-        )
-    return output.to(value.dtype), weights
+        base_model(model).set_attn_implementation("labkit_float32")
 
 
 def context_length(model: Any) -> int | None:
     """Tokens that fit into the model's context, those of a soft prompt or prefix taken off."""
     context = getattr(model.config, "max_position_embeddings", None)
-    prompt: Any = getattr(model, "active_peft_config", None)
-    virtual = prompt.num_virtual_tokens if getattr(prompt, "is_prompt_learning", False) else 0
-    return context and context - virtual
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+    return context and context - (virtual or 0)
 
 
 def cpu_has_bf16() -> bool:
@@ -466,29 +398,30 @@ def autocast_dtype(model: Any) -> Any | None:
     import torch
 
     kind = next(model.parameters()).device.type
-    on_cpu = kind == "cpu" and cpu_has_bf16() and parameter_counts(model).total >= 1_000_000
-    on_gpu = kind == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if on_cpu or on_gpu else None
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    pays = cpu_has_bf16() and parameter_counts(model).total >= 1_000_000
+    return torch.bfloat16 if kind == "cpu" and pays else None
 
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without PEFT's warnings: of a renamed attribute, and of keys, which `load_adapter` checks."""
+    """Without PEFT's warnings of a renamed attribute, and of keys, which `load_adapter` checks."""
     with warnings.catch_warnings():
-        for text in ("`is_gradient_checkpointing` is deprecated", "Found missing adapter keys"):
-            warnings.filterwarnings("ignore", text)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         yield
 
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
     """Without the bars of transformers for loading and writing weights."""
-    from transformers.utils import logging as tf_logging
+    from transformers.utils import logging as transformers_logging
 
-    shown = tf_logging.is_progress_bar_enabled()
-    tf_logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            tf_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
