@@ -54,8 +54,12 @@ def load(
     device, kind = find_device(device), getattr(torch, dtype.replace("auto", "float32"), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    folder = Path(__file__).parent / "tinytown" / "base" if model == "tinytown" else Path(model)
-    name = str(folder.expanduser()) if folder.expanduser().exists() else str(model)
+    place = Path(__file__).parent / "tinytown" / "base" if model == "tinytown" else Path(model)
+    place = place.expanduser()
+    if place.is_dir() and not (place / "config.json").is_file():
+        hint = "an adapter alone, see load_adapter" if any(place.glob("adapter_*")) else "no model"
+        raise FileNotFoundError(f"model: {place} has no config.json: it holds {hint}")
+    name = str(place) if place.exists() else str(model)
     files = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         with no_progress_bar():
@@ -269,7 +273,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         put_back()
         hint = "; import labkit.techniques.adapter first" if "LABKIT" in str(error) else ""
         raise ValueError(f"folder: {folder} does not fit: {str(error)[:300]}{hint}") from error
-    return tuned.eval()
+    return tuned.eval().requires_grad_(False)
 
 
 def _check_base(model: Any, folder: Path) -> None:

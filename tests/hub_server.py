@@ -1,4 +1,4 @@
-"""A small server on loopback that speaks the hub's file protocol, with faults on demand."""
+"""A small server on loopback that speaks the hub's file protocol."""
 
 import hashlib
 import json
@@ -12,17 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class HubServer:
     """Serves `folder` as the model `town/tiny` at `url`; a context manager.
 
-    `fault` is None, "503" (every answer), "503-weights" (weights only), "cut" (weights are
-    always cut in the middle, no ranges) or "cut-once" (cut once, ranges understood).
-    `requests` lists (method, path).
+    With `down` every answer is 503. `requests` lists (method, path).
     """
 
-    commit = COMMIT
-
-    def __init__(self, folder, fault=None, repo="town/tiny"):
-        self.folder, self.fault, self.repo = Path(folder), fault, repo
-        self.requests: list[tuple[str, str]] = []
-        self.cuts = 0
+    def __init__(self, folder, down=False, repo="town/tiny"):
+        self.folder, self.down, self.repo, self.requests = Path(folder), down, repo, []
 
     def __enter__(self):
         hub = self
@@ -30,11 +24,17 @@ class HubServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_HEAD(self):
-                hub.answer(self, body=False)
-
             def do_GET(self):
-                hub.answer(self, body=True)
+                hub.requests.append((self.command, self.path))
+                status, headers, data = hub.answer(self.path.split("?")[0])
+                self.send_response(status)
+                for key, value in (headers | {"Content-Length": str(len(data))}).items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(data)
+
+            do_HEAD = do_GET
 
             def log_message(self, *args):
                 pass
@@ -49,58 +49,26 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def answer(self, request, body):
-        path = request.path.split("?")[0]
-        self.requests.append((request.command, path))
-        name = path.rsplit("/", 1)[-1]
-        is_weights = name.endswith(".safetensors")
-        if self.fault == "503" or (self.fault == "503-weights" and is_weights):
-            return self.reply(request, 503, b"", body)
-        if path.startswith(f"/api/models/{self.repo}"):
-            return self.reply(request, 200, json.dumps(self.listing(path)).encode(), body)
-        if not path.startswith(f"/{self.repo}/resolve/"):
-            return self.reply(request, 404, b"", body, {"X-Error-Code": "RepoNotFound"})
-        revision = path.split("/resolve/")[1].split("/")[0]
+    def answer(self, path):
+        """Status, headers and body for a path."""
+        if self.down:
+            return 503, {}, b""
+        if not path.startswith((f"/{self.repo}/resolve/", f"/api/models/{self.repo}")):
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        files = sorted(self.folder.iterdir())
+        if path.startswith("/api/"):
+            listed = [{"type": "file", "path": f.name, "size": 1, "oid": "0"} for f in files]
+            about = {
+                "id": self.repo,
+                "sha": COMMIT,
+                "siblings": [{"rfilename": f.name} for f in files],
+            }
+            return 200, {}, json.dumps(listed if "/tree/" in path else about).encode()
+        revision, _, name = path.split("/resolve/")[1].partition("/")
         if revision not in ("main", COMMIT):
-            return self.reply(request, 404, b"", body, {"X-Error-Code": "RevisionNotFound"})
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         headers = {"X-Repo-Commit": COMMIT}
         if not (self.folder / name).is_file():
-            headers["X-Error-Code"] = "EntryNotFound"
-            return self.reply(request, 404, b"", body, headers)
+            return 404, headers | {"X-Error-Code": "EntryNotFound"}, b""
         data = (self.folder / name).read_bytes()
-        headers["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'
-        cut = body and is_weights and (self.fault == "cut" or self.fault == "cut-once")
-        return self.send_file(request, data, body, headers, cut)
-
-    def send_file(self, request, data, body, headers, cut):
-        if cut and (self.fault == "cut" or self.cuts == 0):
-            self.cuts += 1
-            return self.reply(request, 200, data, body, headers, send=len(data) // 2)
-        asked = request.headers.get("Range")
-        if asked and self.fault == "cut-once":
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.reply(request, 206, data[start:], body, headers)
-        return self.reply(request, 200, data, body, headers)
-
-    def listing(self, path):
-        files = sorted(p for p in self.folder.iterdir() if p.is_file())
-        if "/tree/" in path:
-            return [{"type": "file", "path": p.name, "size": p.stat().st_size,
-                     "oid": hashlib.sha1(p.name.encode()).hexdigest()} for p in files]  # fmt: skip
-        siblings = [{"rfilename": p.name} for p in files]
-        return {"id": self.repo, "modelId": self.repo, "sha": COMMIT, "siblings": siblings,
-                "private": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
-
-    def reply(self, request, status, data, body, headers=None, send=None):
-        request.send_response(status)
-        for key, value in (headers or {}).items():
-            request.send_header(key, value)
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        if body:
-            request.wfile.write(data if send is None else data[:send])
-            request.wfile.flush()
-        if send is not None:
-            request.close_connection = True
-            request.connection.shutdown(2)
+        return 200, headers | {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data
