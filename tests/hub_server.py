@@ -10,13 +10,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves `folder` as the model `town/tiny` at `url`; a context manager.
+    """Serves each folder in `root` as the model `town/<its name>` at `url`; a context manager."""
 
-    With `down` every answer is 503. `requests` lists (method, path).
-    """
-
-    def __init__(self, folder, down=False, repo="town/tiny"):
-        self.folder, self.down, self.repo, self.requests = Path(folder), down, repo, []
+    def __init__(self, root):
+        self.root, self.paths = Path(root), []
 
     def __enter__(self):
         hub = self
@@ -25,14 +22,13 @@ class HubServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                hub.requests.append((self.command, self.path))
+                hub.paths.append(self.path)
                 status, headers, data = hub.answer(self.path.split("?")[0])
                 self.send_response(status)
                 for key, value in (headers | {"Content-Length": str(len(data))}).items():
                     self.send_header(key, value)
                 self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(data)
+                self.wfile.write(data if self.command == "GET" else b"")
 
             do_HEAD = do_GET
 
@@ -50,25 +46,19 @@ class HubServer:
         self.server.server_close()
 
     def answer(self, path):
-        """Status, headers and body for a path."""
-        if self.down:
-            return 503, {}, b""
-        if not path.startswith((f"/{self.repo}/resolve/", f"/api/models/{self.repo}")):
+        """Status, headers and body for /town/NAME/resolve/REV/FILE or /api/models/town/NAME/…"""
+        parts = path.removeprefix("/api/models").split("/")[2:]
+        if not (self.root / parts[0]).is_dir():
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        files = sorted(self.folder.iterdir())
-        if path.startswith("/api/"):
-            listed = [{"type": "file", "path": f.name, "size": 1, "oid": "0"} for f in files]
-            about = {
-                "id": self.repo,
-                "sha": COMMIT,
-                "siblings": [{"rfilename": f.name} for f in files],
-            }
-            return 200, {}, json.dumps(listed if "/tree/" in path else about).encode()
-        revision, _, name = path.split("/resolve/")[1].partition("/")
-        if revision not in ("main", COMMIT):
+        if len(parts) > 2 and parts[2] not in ("main", COMMIT):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        headers = {"X-Repo-Commit": COMMIT}
-        if not (self.folder / name).is_file():
+        if path.startswith("/api"):
+            names = sorted(file.name for file in (self.root / parts[0]).iterdir())
+            listed = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+            about = {"id": f"town/{parts[0]}", "sha": COMMIT, "siblings": []}
+            return 200, {}, json.dumps(listed if "tree" in parts else about).encode()
+        file, headers = self.root / parts[0] / "/".join(parts[3:]), {"X-Repo-Commit": COMMIT}
+        if not file.is_file():
             return 404, headers | {"X-Error-Code": "EntryNotFound"}, b""
-        data = (self.folder / name).read_bytes()
+        data = file.read_bytes()
         return 200, headers | {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data
