@@ -13,9 +13,18 @@ stands at the right needs no attention mask. Preparing text is `data.encode`; th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+
+class Example(NamedTuple):
+    """One encoded example: token ids and mask (1 = response token), both (T,) int64."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
 
 PART = 60  # tokens that take as long as one more part does
 LINE = 128  # tokens of a packed line, at least; shorter ones use a processor less well

@@ -35,7 +35,14 @@ CANONICAL = {"prompt", "completion", "chosen", "rejected", "messages", "text", "
 ROLES = {role: role for role in ("user", "assistant", "system", "tool")}
 ROLES |= {"human": "user", "developer": "system"}
 ROLES |= dict.fromkeys(["gpt", "chatgpt", "bing", "bard", "model"], "assistant")
-LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "history")
+LOST: tuple[str, ...] = (
+    "tools",
+    "functions",
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "history",
+)
 LOST += ("images", "videos", "audios")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -70,7 +77,8 @@ def convert(
     answer (in a preference pair it may be empty: hh-rlhf has some). With a list for `rejected`, such
     a row is left out and its error appended.
     """
-    converted, layout = [], None
+    converted: list[Row] = []
+    layout = None
     for number, row in zip(numbers or count(1), rows, strict=False):
         place = f"data: {source}, row {number}"
         try:
