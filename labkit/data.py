@@ -7,7 +7,6 @@ or a local file; `encode` tokenizes them so that loss falls on the response and 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import logging
@@ -15,27 +14,24 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from difflib import get_close_matches
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .formats import Row, convert, recognize, where
-from .show import show_masks
-from .templates import ALPACA, TEMPLATES, render, renderer, response
+from .formats import Row, convert, where
+from .templates import render, renderer, response
 
-if TYPE_CHECKING:  # torch takes two seconds to import
+if TYPE_CHECKING:  # torch, which it imports, takes a second
     from .batching import Example
 
-__all__ = ["ALPACA", "REGISTERED", "TEMPLATES", "Encoded", "Registered", "convert", "encode"]
-__all__ += ["load", "recognize", "render", "show_masks"]
+__all__ = ["REGISTERED", "Encoded", "convert", "encode", "load", "render"]
 
-_log = logging.getLogger("labkit")
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+_FILES = "a file ending in .json, .jsonl, .ndjson, .csv, .tsv (each also .gz) or .parquet"
 
 
 class Registered(NamedTuple):
@@ -53,16 +49,10 @@ class Registered(NamedTuple):
 REGISTERED = {
     "alpaca": Registered("tatsu-lab/alpaca", "CC BY-NC 4.0", "52,002 rows, English"),
     "flan": Registered(
-        "Muennighoff/flan",
-        "none on the card; FLAN's code is Apache-2.0",
-        "millions of rows of 62 data sets, English",
+        "Muennighoff/flan", "none on the card", "millions of rows, 62 sets, English"
     ),
-    "p3": Registered(
-        "bigscience/P3",
-        "Apache-2.0",
-        "660 sets, English; one at a time: bigscience/P3:NAME",
-        config="ag_news_classify",
-    ),
+    # One of 660 sets; others are bigscience/P3:NAME.
+    "p3": Registered("bigscience/P3", "Apache-2.0", "660 sets, English", "ag_news_classify"),
     "belle": Registered("BelleGroup/train_2M_CN", "GPL-3.0", "2,000,000 rows, Chinese"),
     "coig": Registered(
         "BAAI/COIG",
@@ -92,7 +82,7 @@ def load(
     """Rows with TRL's columns, from Tinytown, a registered name, a hub id, or a local file.
 
     data: "tinytown"; a name in `REGISTERED`; a hub id `owner/name` or `owner/name:config`; or a
-    file ending in one of `SUFFIXES` (or compressed, `.gz`), in a format that `formats` knows.
+    file of JSON, JSON lines, CSV or Parquet in a format that `formats` knows.
     split: a file, and a hub set that lacks a split of that name, is cut 90/5/5 into "train",
     "validation" and "test" (at least one row each). The cut is fixed, whatever `seed` is, so the
     parts never overlap; a file's rows that are equal, or from one record, stay together.
@@ -103,43 +93,37 @@ def load(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: expected a whole number from 1, or None for all, got {limit!r}")
-    if not isinstance(data, (str, Path)) or not str(data).strip():
-        raise ValueError(f"data: expected a name, a hub id or a file, got {data!r}")
     data = str(data)
     if data == "tinytown":
         from .tinytown import instruction_rows
 
         return instruction_rows(split=split, n=limit, seed=seed)
-    if data not in REGISTERED and (
-        _suffix(data) in SUFFIXES or data[0] in "./~" or Path(data).exists()
-    ):
-        return _sample(_file_part(convert(read(data), data), split, data), limit, seed)
+    path = Path(data).expanduser()
+    if data not in REGISTERED and (data[:1] in "./~" or _SUFFIX.search(data) or path.exists()):
+        return _sample(_file_part(convert(_read(path), data), split), limit, seed)
     return _load_hub(data, split, limit, seed, revision)
 
 
-def _suffix(path: str) -> str:
-    path = path.lower()
-    return Path(Path(path).stem if path.endswith(COMPRESSED) else path).suffix
-
-
-def read(path: str) -> list[Row]:
+def _read(path: Path) -> list[Row]:
     """All rows of a file, in its order; errors name the file, and the line if known."""
     import fsspec
 
-    file, suffix = Path(path).expanduser(), _suffix(path)
-    if not file.exists():
+    suffix = _SUFFIX.search(path.name)
+    if not path.exists():
         raise FileNotFoundError(f"data: {path} does not exist (looked from {Path.cwd()})")
-    if file.is_dir() or suffix not in SUFFIXES:
-        raise ValueError(f"data: expected a file ending in {', '.join(SUFFIXES)}, got {path}")
+    if path.is_dir() or not suffix:
+        raise ValueError(f"data: expected {_FILES}, got {path}")
     try:
-        if suffix == ".parquet":
+        if (kind := suffix[1].lower()) == "parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(file).to_pylist()
+            rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
-            with fsspec.open(str(file), "rb", compression="infer") as opened:
-                text = _decode(opened.read())
-            rows = _json(text) if suffix == ".json" else list(_parse(text, suffix))
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                text = _decode(file.read())
+            tables = {"csv": ",", "tsv": "\t"}
+            read = partial(_table, delimiter=tables[kind]) if kind in tables else _lines
+            rows = list(_json(text) if kind == "json" else read(text))
     except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
         raise ValueError(f"data: {path}: {error}") from error
     if not rows:
@@ -158,39 +142,33 @@ def _decode(raw: bytes) -> str:
 
 
 def _json(text: str) -> list[Row]:
-    """A list of objects, one object with such a list as `data` or `train`, or JSON lines (BELLE)."""
+    """A list of objects, or one with such a list as `data` or `train`, or JSON lines (BELLE)."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[0] == "{":
-            return list(_parse(text, ".jsonl"))
+            return list(_lines(text))
         raise
     if isinstance(value, dict):
-        parts = [
-            v for k, v in value.items() if k in ("data", "train", *_HELD_OUT) if isinstance(v, list)
-        ]
+        parts = [key for key in ("data", "train", *_HELD_OUT) if isinstance(value.get(key), list)]
         if len(parts) > 1:
-            raise ValueError("holds several splits; save each as a file of its own")
-        value = parts[0] if parts else [value]
+            raise ValueError(f"holds {', '.join(parts)}; save each as a file of its own")
+        value = value[parts[0]] if parts else [value]
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError("expected a list of objects")
     return value
 
 
-def _parse(text: str, suffix: str) -> Iterator[Row]:
-    """The rows of JSON lines, or of a table with a header."""
-    if suffix in (".csv", ".tsv"):
-        yield from _table(text, "," if suffix == ".csv" else "\t")
-        return
+def _lines(text: str) -> Iterator[Row]:
     # Only \n ends a line: str.splitlines would also cut at U+2028 inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number}: expected an object, got {line[:60]}")
+                raise ValueError(f"line {number}: expected an object, got {line:.60}")
             yield row
 
 
@@ -202,35 +180,41 @@ def _table(text: str, delimiter: str) -> Iterator[Row]:
         raise ValueError(f"two columns have one name: {', '.join(names)}")
     for row in reader:
         if None in row or None in row.values():
-            raise ValueError(
-                f"line {reader.line_num}: expected {len(names)} columns, as in the header"
-            )
+            raise ValueError(f"line {reader.line_num}: expected {len(names)} columns as in line 1")
         yield row
 
 
-def _file_part(rows: list[Row], split: str, data: str) -> list[Row]:
+def _file_part(rows: list[Row], split: str) -> list[Row]:
     """One part of a file; equal records, and rows that came from one, stay together."""
-    records = [list(group) for _, group in groupby(rows, key=lambda row: row.where)]
+    records = [list(group) for _, group in groupby(rows, key=lambda row: where(row, 0))]
     equal: dict[str, list[int]] = {}
     for position, record in enumerate(records):
         equal.setdefault(repr(record), []).append(position)
-    groups = list(equal.values())
-    chosen = sorted(i for group in _part(len(groups), split, data) for i in groups[group])
-    return [row for i in chosen for row in records[i]]
+    groups, positions = _part({"train": list(equal.values())}, split)
+    chosen = sorted(position for i in positions for position in groups[i])
+    return [row for position in chosen for row in records[position]]
 
 
-def _part(count: int, split: str, data: str, held_out: tuple[str, ...] = _HELD_OUT) -> list[int]:
-    """Positions of one part of `count` rows: 5 % each for the held-out parts, the rest train."""
-    if split not in ("train", *held_out):
-        raise ValueError(f"split: expected train, {' or '.join(held_out)}, got {split!r}")
+def _part(sets: Any, split: str) -> tuple[Any, list[int]]:
+    """A set and positions in it: the split itself, or a cut of "train" for those that are missing.
+
+    A held-out part is 5 % of the rows, at least one.
+    """
+    held_out = [name for name in _HELD_OUT if name not in sets]
+    if split in sets and not (split == "train" and held_out):
+        return sets[split], list(range(len(sets[split])))
+    if "train" not in sets or split not in ("train", *held_out):
+        known = dict.fromkeys(("train", *_HELD_OUT, *sets) if "train" in sets else sets)
+        raise ValueError(f"split: expected one of {', '.join(known)}, got {split!r}")
+    count = len(sets["train"])
     order = list(range(count))
     random.Random(0).shuffle(order)
     size = max(1, round(count * 0.05)) if count > len(held_out) else 0
-    parts = {name: order[i * size : (i + 1) * size] for i, name in enumerate(held_out)}
-    parts["train"] = order[len(held_out) * size :]
-    if not parts[split]:
-        raise ValueError(f"split: {data} has {count} different rows, too few for a {split!r} part")
-    return sorted(parts[split])
+    start = len(held_out) * size if split == "train" else held_out.index(split) * size
+    part = order[start:] if split == "train" else order[start : start + size]
+    if not part:
+        raise ValueError(f"split: {count} different rows are too few to hold out a {split!r} part")
+    return sets["train"], sorted(part)
 
 
 def _sample(rows: list, limit: int | None, seed: int) -> list:
@@ -242,66 +226,48 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
 def _load_hub(
     data: str, split: str, limit: int | None, seed: int, revision: str | None
 ) -> list[Row]:
+    import datasets
+
     if data not in REGISTERED and not _HUB_ID.fullmatch(data):
         names = ["tinytown", *REGISTERED]
-        near = "".join(f"; did you mean {n!r}?" for n in difflib.get_close_matches(data, names, 1))
+        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(data, names, 1))
         raise ValueError(
-            f"data: expected {', '.join(names)}, owner/name, or a file, got {data!r}{near}"
+            f"data: expected {', '.join(names)}, owner/name or {_FILES}, got {data!r}{near}"
         )
     hub, _, config = data.partition(":")
     entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
-    import datasets
-
+    revision = revision or entry.revision
     try:
         sets = datasets.load_dataset(
-            entry.hub, entry.config, data_files=entry.files, revision=revision or entry.revision
+            entry.hub, entry.config, data_files=entry.files, revision=revision
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
-            f"data: {data!r} could not be loaded from the hub ({type(error).__name__}: "
-            f"{str(error)[:300]}); check the name and the network, or give a local file"
+            f"data: {data!r} could not be loaded from the hub: {error!r:.300}"
         ) from error
-    rows, positions = _hub_part(sets, split, data)
-    chosen = _sample(positions, limit, seed)
+    rows, positions = _part(sets, split)
     # Published sets hold a few empty answers and conversations; one's own data must be right.
     rejected: list[str] | None = [] if data in REGISTERED else None
-    converted = convert(rows.select(chosen), f"{data} ({split})", [i + 1 for i in chosen], rejected)
+    converted = convert(rows.select(_sample(positions, limit, seed)), f"{data} ({split})", rejected)
     if rejected:
-        _log.warning("%s: %d rows left out; the first: %s", data, len(rejected), rejected[0])
+        message = "%s: %d rows left out; the first: %s"
+        logging.getLogger("labkit").warning(message, data, len(rejected), rejected[0])
     return converted[:limit]
 
 
-def _hub_part(sets: Any, split: str, data: str) -> tuple[Any, list[int]]:
-    """The hub's own split, or a cut of its "train" for those that it lacks."""
-    held_out = tuple(name for name in _HELD_OUT if name not in sets)
-    if split in sets and not (split == "train" and held_out):
-        return sets[split], list(range(len(sets[split])))
-    if "train" not in sets or split not in ("train", *held_out):
-        raise ValueError(f"split: {data!r} has {', '.join(sets)}, got {split!r}")
-    return sets["train"], _part(len(sets["train"]), split, data, held_out)
-
-
-@dataclass(frozen=True, eq=False)
 class Encoded(Sequence):
-    """Tokenized rows: `Example`s of token ids and masks (1 = loss)."""
+    """Tokenized rows: a frozen sequence of `Example`s of token ids and masks (1 = loss)."""
 
-    examples: Sequence[Example]
-    truncated: int
-    max_length: int
+    def __init__(self, examples: Sequence[Example], truncated: int, max_length: int) -> None:
+        self.examples, self.truncated, self.max_length = tuple(examples), truncated, max_length
+        self.tokens = sum(len(example.ids) for example in self.examples)
+        self.response_tokens = sum(int(example.mask.sum()) for example in self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(example.ids) for example in self.examples)
-
-    @property
-    def response_tokens(self) -> int:
-        return sum(int(example.mask.sum()) for example in self.examples)
 
     @cached_property
     def dataset(self) -> Any:

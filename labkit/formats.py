@@ -2,48 +2,29 @@
 
 These are `prompt`, `completion` · `prompt`, `chosen`, `rejected` · `prompt`, `responses`, `ranks` ·
 `messages` · `text`; prompts and replies are texts or lists of messages. Further columns are kept,
-`system` becomes a message, and what would be lost (tool calls, images) is refused.
+`system` becomes a message, and a row of which something would be lost (tool calls) is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from itertools import count
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Row = dict[str, Any]
 Message = dict[str, str]
+Converter = Callable[[Row, list[str]], Row]
 
-# The first layout whose columns a row has is its own: preferences may have `messages` as well.
-FORMATS = {
-    "self_instruct": ["instruction instances"],
-    "ranking": ["prompt responses ranks"],
-    "preference": [f"{q} chosen rejected" for q in ("prompt", "instruction", "question", "query")]
-    + ["conversations chosen rejected"],
-    "coig": ["instruction conversations"],
-    "sharegpt": ["conversations"],
-    "transcripts": ["chosen rejected"],  # hh-rlhf: two whole conversations
-    "messages": ["messages"],
-    "alpaca": ["instruction output"],
-    "pairs": ["prompt completion", "prompt response", "question answer", "question response"]
-    + ["question std_answer", "query response", "inputs_pretokenized targets_pretokenized"]
-    + ["inputs targets", "instruction response"],
-    "text": ["text"],
-}
 CANONICAL = {"prompt", "completion", "chosen", "rejected", "messages", "text", "responses", "ranks"}
-ROLES = {role: role for role in ("user", "assistant", "system", "tool")}
-ROLES |= {"human": "user", "developer": "system"}
-ROLES |= dict.fromkeys(["gpt", "chatgpt", "bing", "bard", "model"], "assistant")
-LOST: tuple[str, ...] = (
-    "tools",
-    "functions",
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "history",
-)
-LOST += ("images", "videos", "audios")
+_LOST = "tools functions tool_calls function_call reasoning_content history images videos audios"
+_ROLES = dict.fromkeys("assistant gpt chatgpt bing bard model".split(), "assistant")
+_ROLES |= {
+    "user": "user",
+    "human": "user",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -60,30 +41,30 @@ def where(row: Row, number: int) -> str:
 
 
 def recognize(row: Row) -> str:
-    """The name of the row's format; ValueError with its columns if no format fits."""
-    return _layout(row)[0]
+    """The columns by which the row's format is known; ValueError if no format fits."""
+    for columns in FORMATS:
+        if all(row.get(column) is not None for column in columns.split()):
+            return columns
+    known = "; ".join(FORMATS).replace(" ", " + ").replace("; + ", "; ")
+    raise ValueError(
+        f"no known format has the columns {', '.join(map(str, row))}; expected {known}"
+    )
 
 
-def convert(
-    rows: Iterable[Row],
-    source: str,
-    numbers: Iterable[int] | None = None,
-    rejected: list[str] | None = None,
-) -> list[Row]:
+def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None) -> list[Row]:
     """Rows of any known format, decided by the first, as rows with TRL's columns.
 
-    Errors name `source` (a file, a hub id) and the row's number, from 1 if not given. Raises
-    ValueError for a row without its columns, with a value of the wrong type, or with an empty
-    answer (in a preference pair it may be empty: hh-rlhf has some). With a list for `rejected`, such
-    a row is left out and its error appended.
+    Errors name `source` (a file, a hub id) and the row, counted from 1. Raises ValueError for missing
+    columns, a value of the wrong type, or an empty answer (in a preference it may be empty: hh-rlhf
+    has some). With a list for `rejected`, such a row is left out and its error appended.
     """
     converted: list[Row] = []
-    layout = None
-    for number, row in zip(numbers or count(1), rows, strict=False):
+    columns = ""
+    for number, row in enumerate(rows, start=1):
         place = f"data: {source}, row {number}"
         try:
-            layout = layout or _layout(row)
-            for new in map(Located, _convert_row(row, *layout)):
+            columns = columns or recognize(row)
+            for new in map(Located, _convert(row, columns.split(), FORMATS[columns])):
                 new.where = place
                 converted.append(new)
         except ValueError as error:
@@ -93,77 +74,57 @@ def convert(
     return converted
 
 
-def _layout(row: Row) -> tuple[str, list[str]]:
-    for name, layouts in FORMATS.items():
-        for columns in map(str.split, layouts):
-            if all(row.get(column) is not None for column in columns):
-                return name, columns
-    known = "; ".join(layout.replace(" ", " + ") for group in FORMATS.values() for layout in group)
-    raise ValueError(f"no known format has the columns {', '.join(row)}; expected {known}")
-
-
-def _convert_row(row: Row, name: str, columns: list[str]) -> list[Row]:
+def _convert(row: Row, columns: list[str], converter: Converter) -> list[Row]:
     if missing := [column for column in columns if row.get(column) is None]:
-        raise ValueError(
-            f"expected {', '.join(columns)} as in the first row, got no {missing[0]!r}"
-        )
+        raise ValueError(f"expected {', '.join(columns)} as in row 1, got no {missing[0]!r}")
     _check_lost(row)
     if str(row.get("label")).lower() == "false":
         raise ValueError("'label' is false: a bad answer would be learned; take the row out")
     rest = {key: value for key, value in row.items() if key not in CANONICAL | {*columns}}
-    if name == "self_instruct":
-        task, pair = {"instruction": row["instruction"]}, ["instruction", "output"]
-        converted = [_pair(task | instance, pair) for instance in _objects(row, "instances")]
-    else:
-        converted = [_CONVERTERS.get(name, _chat)(row, columns)]
+    parts = [row]
+    if "instances" in columns:  # Self-Instruct: several examples of one task
+        columns = ["instruction", "output"]
+        parts = [{columns[0]: row[columns[0]], **part} for part in _objects(row, "instances")]
+    converted = [{**rest, **converter(part, columns)} for part in parts]
     system = row.get("system") or row.get("system_prompt")
-    return [{**rest, **(_with_system(new, system) if system else new)} for new in converted]
+    for new in converted if system else []:
+        column = "messages" if "messages" in new else "prompt"
+        first = _message({"role": "system", "content": system}, "system")
+        new[column] = [first, *_turns(new, column, "user")]
+        new.pop("instruction", None)  # Alpaca's template would use it, without the system message
+    return converted
 
 
 def _check_lost(row: Row) -> None:
-    if lost := [column for column in LOST if row.get(column)]:
+    if lost := [column for column in _LOST.split() if row.get(column)]:
         raise ValueError(f"{lost[0]!r} cannot be used and would be lost; take it out of the row")
 
 
-def _with_system(row: Row, system: str) -> Row:
-    column = "messages" if "messages" in row else "prompt"
-    turns = _turns(row, column, "user")
-    if turns[0]["role"] != "system":
-        turns.insert(0, _message({"role": "system", "content": system}, "system"))
-    return row | {column: turns, "instruction": None, "input": None}
-
-
 def _pair(row: Row, columns: list[str]) -> Row:
-    row, kept = _join_input(row, columns)
-    prompt, completion = _alike(row, columns)
-    if isinstance(completion, str) and not completion.strip():
-        raise ValueError(f"{columns[-1]!r} is empty: nothing to learn; take the row out")
+    (prompt, completion), kept = _question_and_replies(row, columns)
+    if isinstance(completion, str):
+        _string(row, columns[1], filled=True)
     return {"prompt": prompt, "completion": completion, **kept}
 
 
-def _join_input(row: Row, columns: list[str]) -> tuple[Row, Row]:
-    """Alpaca's instruction and input (Dolly's context) as one; both are kept for its template."""
-    if columns[0] != "instruction":
-        return row, {}
-    context = None if columns[-1] == "output" else row.get("context")
-    kept = {"instruction": row["instruction"], "input": row.get("input") or context or ""}
-    instruction, given = _text(kept, "instruction"), _text(kept, "input")
-    joined = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return {**row, "instruction": joined}, kept
-
-
-def _alike(row: Row, columns: list[str]) -> list[Any]:
-    """A question and its replies: as texts if all are texts, else as messages."""
+def _question_and_replies(row: Row, columns: list[str]) -> tuple[list[Any], Row]:
+    """Texts if all are texts, else messages; and the parts of the question for Alpaca's template."""
+    kept: Row = {}
+    if columns[0] == "instruction":
+        given = row.get("input") or (columns[-1] == "response" and row.get("context")) or ""
+        kept = {"instruction": row["instruction"], "input": given}
+        parts = [_string(kept, name) for name in kept]
+        row = {**row, "instruction": "\n\n".join(parts) if given.strip() else parts[0]}
     if all(isinstance(row[column], str) for column in columns):
-        return [_text(row, column) for column in columns]
-    return [_turns(row, c, "assistant" if i else "user") for i, c in enumerate(columns)]
+        return [_string(row, column) for column in columns], kept
+    first, *others = columns
+    return [_turns(row, first, "user"), *(_turns(row, c, "assistant") for c in others)], kept
 
 
 def _preference(row: Row, columns: list[str]) -> Row:
-    row, kept = _join_input(row, columns)
-    prompt, chosen, rejected = _alike(row, columns)
-    if isinstance(prompt, str) and kept and row.get("output"):
-        kept["completion"] = _text(row, "output")  # the row is Alpaca's as well
+    (prompt, chosen, rejected), kept = _question_and_replies(row, columns)
+    if kept and row.get("output"):
+        kept["completion"] = _string(row, "output")  # the row is Alpaca's as well
     if not isinstance(prompt, str) and chosen[0]["role"] != "assistant":  # whole conversations
         given = isinstance(row[columns[0]], str) or chosen[: len(prompt)] == prompt
         before = [] if given else prompt
@@ -174,28 +135,26 @@ def _preference(row: Row, columns: list[str]) -> Row:
 def _transcripts(row: Row, columns: list[str]) -> Row:
     """Two conversations with a common beginning: that is the prompt, the rest the two replies."""
     chosen, rejected = (_conversation(row, name) for name in ("chosen", "rejected"))
-    turns = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((i for i, (a, b) in turns if a != b), min(len(chosen), len(rejected)))
-    replies = chosen[shared:], rejected[shared:]
-    if not shared or not all(reply and reply[0]["role"] == "assistant" for reply in replies):
-        raise ValueError(
-            "expected chosen and rejected to share their beginning and to differ in a reply of "
-            f"the assistant; they share {shared} turns of {len(chosen)} and {len(rejected)}"
-        )
-    return {"prompt": chosen[:shared], "chosen": replies[0], "rejected": replies[1]}
+    shared = 0
+    while chosen[shared : shared + 1] == rejected[shared : shared + 1] != []:
+        shared += 1
+    prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt or [turns[0]["role"] for turns in (chosen, rejected) if turns] != 2 * [
+        "assistant"
+    ]:
+        raise ValueError(f"'rejected': expected another reply than 'chosen'; {shared} turns agree")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _conversation(row: Row, column: str) -> list[Message]:
     if not isinstance(row[column], str):
         return _turns(row, column, "user")
-    start, *parts = _SPEAKER.split(_text(row, column))
+    start, *parts = _SPEAKER.split(_string(row, column))
     if start.strip() or not parts:
-        raise ValueError(
-            f"{column!r}: expected turns 'Human: …', 'Assistant: …', got {start[:60]!r}"
-        )
+        raise ValueError(f"{column!r}: expected 'Human: …', 'Assistant: …', got {start!r:.60}")
     turns: list[Message] = []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role = ROLES[speaker.lower()]
+        role = _ROLES[speaker.lower()]
         # Many chat templates refuse two turns of the same role in a row; hh-rlhf has some.
         if turns and turns[-1]["role"] == role:
             content = f"{turns.pop()['content']}\n\n{content.strip()}"
@@ -205,24 +164,17 @@ def _conversation(row: Row, column: str) -> list[Message]:
 
 def _ranking(row: Row, columns: list[str]) -> Row:
     responses, ranks = row["responses"], row["ranks"]
+    whole = isinstance(ranks, list) and all(isinstance(rank, int) for rank in ranks)
     texts = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
-    whole = isinstance(ranks, list) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
-    if not texts or not whole or not 2 <= len(responses) == len(ranks) == len(set(ranks)):
-        raise ValueError(
-            "expected two or more texts in 'responses' and as many different whole numbers in "
-            f"'ranks' (least = best), got {str(responses)[:60]} and {str(ranks)[:60]}"
-        )
+    if not whole or not texts or not 2 <= len(responses) == len(ranks) == len(set(ranks)):
+        raise ValueError(f"'ranks': expected numbers of texts, no ties, got {ranks!r:.60}")
     return {name: row[name] for name in columns}
-
-
-def _plain(row: Row, columns: list[str]) -> Row:
-    return {"text": _pair(row, ["text", "text"])["completion"]}
 
 
 def _chat(row: Row, columns: list[str]) -> Row:
     messages = _turns(row, columns[-1], "user")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers or not answers[-1].strip():
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or not answers[-1]["content"].strip():
         raise ValueError(f"{columns[-1]!r}: expected an answer of the assistant, got none")
     return {"messages": messages}
 
@@ -232,53 +184,67 @@ def _coig(row: Row, columns: list[str]) -> Row:
     if "question" not in turns[0]:
         return _chat(row, columns)
     names = (("user", "question"), ("assistant", "answer"))
-    messages = [{"role": role, "content": _text(t, name)} for t in turns for role, name in names]
-    if _text(row, "instruction").strip():
-        first = f"{row['instruction']}\n\n{messages[0]['content']}"
-        messages[0]["content"] = first.strip()
+    messages = [{"role": role, "content": _string(t, name)} for t in turns for role, name in names]
+    if _string(row, "instruction").strip():
+        messages[0]["content"] = f"{row['instruction']}\n\n{messages[0]['content']}".strip()
     return _chat({"messages": messages}, ["messages"])
-
-
-_CONVERTERS = {"coig": _coig, "ranking": _ranking, "preference": _preference, "alpaca": _pair}
-_CONVERTERS |= {"transcripts": _transcripts, "pairs": _pair, "text": _plain}
 
 
 def _turns(row: Row, column: str, role: str) -> list[Message]:
     """Messages as they are, or a text as one message of `role`."""
-    if isinstance(row[column], str):
-        return [{"role": role, "content": _text(row, column)}]
+    if isinstance(row.get(column), str):
+        return [{"role": role, "content": _string(row, column)}]
     return [_message(turn, column) for turn in _objects(row, column)]
 
 
 def _message(turn: Row, column: str) -> Message:
     _check_lost(turn)
     role = str(turn.get("role") or turn.get("from")).lower()
-    if role not in ROLES:
-        raise ValueError(f"{column!r}: expected a role of {', '.join(ROLES)}, got {role[:60]}")
+    if role not in _ROLES:
+        raise ValueError(f"{column!r}: expected a role of {', '.join(_ROLES)}, got {role:.60}")
     content = turn.get("content")
     content = turn.get("value") if content is None else content
     if isinstance(content, list):
-        content = "".join(_text(part, "text") for part in _objects({"content": content}, "content"))
-    return {"role": ROLES[role], "content": _text({column: content}, column)}
+        content = "".join(_string(part, "text") for part in _objects({column: content}, column))
+    return {"role": _ROLES[role], "content": _string({column: content}, column)}
 
 
 def _objects(row: Row, column: str) -> list[Row]:
-    value = row[column]
+    value = row.get(column)
     # Arrow hands a sequence of structs over as one dict of lists.
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        value = [
-            dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)
-        ]
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
-        raise ValueError(f"{column!r}: expected a list of objects, got {str(value)[:60]}")
+        raise ValueError(f"{column!r}: expected a list of objects, got {value!r:.60}")
     return value
 
 
-def _text(row: Row, column: str) -> str:
+def _string(row: Row, column: str, filled: bool = False) -> str:
     value = row.get(column)
-    if not isinstance(value, str):
-        raise ValueError(f"{column!r}: expected text, got {type(value).__name__} {str(value)[:60]}")
-    if _SURROGATE.search(value):
-        raise ValueError(f"{column!r}: holds half a Unicode pair; write the whole character")
+    if not isinstance(value, str) or _SURROGATE.search(value):
+        what = "half a Unicode pair" if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{column!r}: expected text, got {what}: {value!r:.60}")
+    if filled and not value.strip():
+        raise ValueError(f"{column!r} is empty: nothing to learn; take the row out")
     return value
+
+
+_PAIRS = (
+    "instruction output, prompt completion, prompt response, question answer, question response, "
+    "question std_answer, query response, inputs_pretokenized targets_pretokenized, "
+    "inputs targets, instruction response"
+)
+_QUESTIONS = ("prompt", "instruction", "question", "conversations")
+# A row's format is the first whose columns it has: preferences may have `messages` as well.
+FORMATS: dict[str, Converter] = {
+    "instruction instances": _pair,  # Self-Instruct
+    "prompt responses ranks": _ranking,
+    **dict.fromkeys([f"{question} chosen rejected" for question in _QUESTIONS], _preference),
+    "instruction conversations": _coig,
+    "conversations": _chat,  # ShareGPT
+    "chosen rejected": _transcripts,  # hh-rlhf: two whole conversations
+    "messages": _chat,
+    **dict.fromkeys(_PAIRS.split(", "), _pair),
+    "text": lambda row, columns: {"text": _string(row, "text", filled=True)},
+}
