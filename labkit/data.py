@@ -226,8 +226,6 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
 def _load_hub(
     data: str, split: str, limit: int | None, seed: int, revision: str | None
 ) -> list[Row]:
-    import datasets
-
     if data not in REGISTERED and not _HUB_ID.fullmatch(data):
         names = ["tinytown", *REGISTERED]
         near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(data, names, 1))
@@ -237,6 +235,8 @@ def _load_hub(
     hub, _, config = data.partition(":")
     entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
     revision = revision or entry.revision
+    import datasets
+
     try:
         sets = datasets.load_dataset(
             entry.hub, entry.config, data_files=entry.files, revision=revision

@@ -115,7 +115,7 @@ def _question_and_replies(row: Row, columns: list[str]) -> tuple[list[Any], Row]
         kept = {"instruction": row["instruction"], "input": given}
         parts = [_string(kept, name) for name in kept]
         row = {**row, "instruction": "\n\n".join(parts) if given.strip() else parts[0]}
-    if all(isinstance(row[column], str) for column in columns):
+    if all(isinstance(row.get(column), str) for column in columns):
         return [_string(row, column) for column in columns], kept
     first, *others = columns
     return [_turns(row, first, "user"), *(_turns(row, c, "assistant") for c in others)], kept
