@@ -119,8 +119,9 @@ def _read(path: Path) -> list[Row]:
 
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
-            with fsspec.open(str(path), "rb", compression="infer") as file:
-                text = _decode(file.read())
+            options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
+            with fsspec.open(str(path), "rt", **options) as file:
+                text = file.read()
             tables = {"csv": ",", "tsv": "\t"}
             read = partial(_table, delimiter=tables[kind]) if kind in tables else _lines
             rows = list(_json(text) if kind == "json" else read(text))
@@ -129,16 +130,6 @@ def _read(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"data: {path} holds no rows; expected at least one")
     return rows
-
-
-def _decode(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"line {line}: expected UTF-8, got {raw[error.start : error.end]!r}"
-        ) from error
 
 
 def _json(text: str) -> list[Row]:
@@ -291,13 +282,11 @@ def encode(
 ) -> Encoded:
     """Token ids and masks whose 1s are the response and its EOS: where loss falls.
 
-    Prompt and completion are tokenized apart, so no token straddles the border. A row longer
-    than `max_length` (or the tokenizer's `model_max_length`, if smaller) loses the beginning of
-    its prompt (a BOS stays); a response that is too long by itself loses its end. Both are
-    counted in `truncated`. Plain `text` rows carry loss everywhere.
-
-    Raises ValueError naming the row (in its file, else from 1) for an empty response or a row that
-    the template refuses, and for a tokenizer whose pad token is its EOS.
+    Prompt and completion are tokenized apart, so no token straddles the border. A row longer than
+    `max_length` (or the tokenizer's `model_max_length`, if smaller) loses the beginning of its
+    prompt (a BOS stays), then the end of its response, and counts as `truncated`. Plain `text`
+    rows carry loss everywhere. Raises ValueError naming the row (of its file, if known) for an
+    empty response or a row that the template refuses, and for a pad token that is the EOS.
     """
     from .models import check_tokenizer
 

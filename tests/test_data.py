@@ -18,6 +18,7 @@ SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 SEEDS = SHARED / "self_instruct_seed_tasks.jsonl"
 TRANSCRIPTS = SHARED / "hh_harmless_base_test.jsonl.gz"
 ALPACA_ROW = {"instruction": "Give an antonym.", "input": "hot", "output": "cold"}
+SPLITS = ("train", "validation", "test")
 PAIR = {"prompt": "What is three plus four?", "completion": "Seven."}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,50 +40,45 @@ def write(path, rows):
     return str(path)
 
 
-# ---------------------------------------------------------------- real files, as they are
+def says(text, role="assistant"):
+    return [{"role": role, "content": text}]
+
+
+def ask(text):
+    return says(text, "user")
+
+
+def converted(*rows):
+    return formats.convert(rows, "mine")
 
 
 @needs(SEEDS)
-def test_seed_tasks_load_as_they_are():
-    parts = {s: data.load(str(SEEDS), split=s) for s in ("train", "validation", "test")}
-    rows = [row for part in parts.values() for row in part]
-    assert len(rows) == 175
-    assert len({row["id"] for row in rows}) == 175  # the parts do not overlap
+def test_seed_tasks_load_and_encode_as_they_are(tiny_tokenizer):
+    rows = [row for split in SPLITS for row in data.load(str(SEEDS), split=split)]
+    assert len(rows) == len({row["id"] for row in rows}) == 175  # the parts do not overlap
     raw = {task["id"]: task for task in map(json.loads, SEEDS.read_text("utf-8").splitlines())}
     for row in rows:
         instance = raw[row["id"]]["instances"][0]
         assert row["completion"] == instance["output"]
         assert row["prompt"].startswith(raw[row["id"]]["instruction"])
         assert instance["input"] in row["prompt"]
+    encoded = data.encode(rows[:20], tiny_tokenizer, max_length=128)
+    assert len(encoded) == 20 and max(len(example.ids) for example in encoded) == 128
+    assert encoded.truncated > 0 and f"{encoded.truncated} cut to 128" in encoded.summary()
 
 
 @needs(TRANSCRIPTS)
 def test_transcripts_load_as_they_are():
-    rows = [
-        r for s in ("train", "validation", "test") for r in data.load(str(TRANSCRIPTS), split=s)
-    ]
+    rows = [row for split in SPLITS for row in data.load(str(TRANSCRIPTS), split=split)]
     assert len(rows) == 2312
     for row in rows:
-        assert row["prompt"][0]["role"] == "user" and row["prompt"][-1]["role"] == "user"
-        assert [m["role"] for m in row["chosen"]] == ["assistant"]
-        assert [m["role"] for m in row["rejected"]] == ["assistant"]
+        assert row["prompt"][0]["role"] == row["prompt"][-1]["role"] == "user"
+        assert [m["role"] for m in row["chosen"] + row["rejected"]] == ["assistant"] * 2
         assert row["chosen"] != row["rejected"]
     with gzip.open(TRANSCRIPTS, "rt", encoding="utf-8") as file:
         first = json.loads(next(file))
-    found = [row for row in rows if row["chosen"][0]["content"].startswith("No, sorry!  All of")]
-    assert len(found) == 1 and first["chosen"].endswith(found[0]["chosen"][0]["content"])
-    assert len(found[0]["prompt"]) == 5
-
-
-@needs(SEEDS)
-def test_seed_tasks_encode(tiny_tokenizer):
-    encoded = data.encode(data.load(str(SEEDS), limit=20), tiny_tokenizer, max_length=128)
-    assert len(encoded) == 20
-    assert max(map(len, encoded.dataset["input_ids"])) == 128
-    assert encoded.truncated > 0 and f"{encoded.truncated} cut to 128" in encoded.summary()
-
-
-# ---------------------------------------------------------------- files
+    (found,) = [r for r in rows if r["chosen"][0]["content"].startswith("No, sorry!  All of")]
+    assert first["chosen"].endswith(found["chosen"][0]["content"]) and len(found["prompt"]) == 5
 
 
 def test_the_same_rows_from_every_file_type(tmp_path):
@@ -115,9 +111,7 @@ def test_the_same_rows_from_every_file_type(tmp_path):
 @pytest.mark.parametrize("count, held", [(3, 1), (10, 1), (200, 10)])
 def test_parts_of_a_file_are_disjoint_and_complete(tmp_path, count, held):
     path = write(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(count)])
-    parts = [
-        data.load(path, split=s, seed=s_) for s_, s in enumerate(("train", "validation", "test"))
-    ]
+    parts = [data.load(path, split=split, seed=seed) for seed, split in enumerate(SPLITS)]
     assert [len(part) for part in parts] == [count - 2 * held, held, held]
     assert {row["text"] for part in parts for row in part} == {f"row {i}" for i in range(count)}
 
@@ -126,10 +120,9 @@ def test_instances_of_one_task_stay_in_one_part(tmp_path):
     instances = [{"input": str(i), "output": "x"} for i in range(4)]
     rows = [{"id": i, "instruction": "do", "instances": instances} for i in range(30)]
     path = write(tmp_path / "a.jsonl", rows)
-    parts = [data.load(path, split=s) for s in ("train", "validation", "test")]
-    ids = [{row["id"] for row in part} for part in parts]
+    parts = [[row["id"] for row in data.load(path, split=split)] for split in SPLITS]
     assert [len(part) for part in parts] == [26 * 4, 2 * 4, 2 * 4]
-    assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
+    assert sum(len(set(part)) for part in parts) == 30
 
 
 @settings(deadline=None, max_examples=30)
@@ -137,9 +130,8 @@ def test_instances_of_one_task_stay_in_one_part(tmp_path):
 def test_equal_rows_are_in_one_part(tmp_path_factory, numbers):
     """A row that occurs twice is never in two parts; nothing is lost or added."""
     path = write(tmp_path_factory.mktemp("equal") / "a.jsonl", [{"text": f"{i}"} for i in numbers])
-    parts = []
-    for split in ("train", "validation", "test") if len(set(numbers)) > 2 else ("train",):
-        parts.append([row["text"] for row in data.load(path, split=split)])
+    splits = SPLITS if len(set(numbers)) > 2 else SPLITS[:1]
+    parts = [[row["text"] for row in data.load(path, split=split)] for split in splits]
     assert sorted(sum(parts, [])) == sorted(map(str, numbers))
     assert sum(len(set(part)) for part in parts) == len(set(numbers))
 
@@ -154,11 +146,8 @@ def test_limit_samples_by_seed(tmp_path):
 
 def test_errors_name_the_row_of_the_file(tmp_path, make_tokenizer):
     """Cutting, shuffling and sampling do not change what a row is called."""
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [
-        {"messages": [*turns, {"role": "user", "content": f"{i}"}, turns[1]]} for i in range(60)
-    ]
-    rows[41] = {"messages": [{"role": "system", "content": "s"}, *turns]}
+    rows = [{"messages": ask("q") + says("a") + ask(f"{i}") + says("b")} for i in range(60)]
+    rows[41] = {"messages": says("s", "system") + ask("q") + says("a")}
     path = write(tmp_path / "a.jsonl", rows)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = LLAMA2
@@ -167,9 +156,6 @@ def test_errors_name_the_row_of_the_file(tmp_path, make_tokenizer):
         assert rows[41] in loaded
         with pytest.raises(ValueError, match=r"a\.jsonl, row 42\b"):
             data.encode(loaded, tokenizer)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 BAD_FILES = {
@@ -183,7 +169,7 @@ BAD_FILES = {
     "several splits": ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', ".*test"),
     "deep json": ("a.json", b"[" * 200_000, ""),
     "long number": ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 6000 + b"}", ".*line 1"),
-    "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ".*line 2"),
+    "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ""),
     "not gzip": ("a.jsonl.gz", b'{"text": "a"}', ""),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 9)[:-9], ""),
     "short csv row": ("a.csv", b"prompt,completion\na,b\nc\n", ".*line 3"),
@@ -193,11 +179,7 @@ BAD_FILES = {
     "unknown suffix": ("a.txt", b"hello", ""),
     "no parquet": ("a.parquet", b"hello", ""),
     "empty parquet": ("a.parquet", b"", ""),
-    "missing column": (
-        "a.jsonl",
-        b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
-        ", row 2",
-    ),
+    "missing column": ("a.jsonl", b'{"text": "b"}\n{"prompt": "a"}\n', ", row 2.*text"),
     "unknown columns": ("a.jsonl", b'{"foo": 1, "bar": 2}\n', ", row 1.*foo"),
     "empty answer": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', ", row 1.*completion"),
     "wrong type": ("a.jsonl", b'{"prompt": "a", "completion": 7}\n', ", row 1.*completion"),
@@ -235,10 +217,12 @@ def fake_hub(monkeypatch, sets):
 
     made = {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     calls = []
-    monkeypatch.setattr(
-        datasets, "load_dataset",
-        lambda *args, **kwargs: calls.append((args, kwargs)) or datasets.DatasetDict(made),
-    )  # fmt: skip
+
+    def load_dataset(*args, **kwargs):
+        calls.append(args)
+        return datasets.DatasetDict(made)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return calls
 
 
@@ -246,7 +230,7 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(40)]
     calls = fake_hub(monkeypatch, {"train": rows, "test": [{"question": "qt", "answer": "at"}]})
     assert data.load("some/set:part", split="test") == [{"prompt": "qt", "completion": "at"}]
-    assert calls[0][0] == ("some/set", "part")
+    assert calls[0] == ("some/set", "part")
     train, held = (data.load("some/set", split=s) for s in ("train", "validation"))
     assert len(train) == 38 and len(held) == 2
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
@@ -263,13 +247,6 @@ def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
     assert set(data.REGISTERED) == {"alpaca", "flan", "p3", "belle", "coig", "sharegpt", "hh-rlhf"}
 
 
-# ---------------------------------------------------------------- formats
-
-
-def converted(*rows):
-    return formats.convert(rows, "mine")
-
-
 def test_alpaca_keeps_instruction_and_input():
     row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
     assert row["prompt"] == "Give an antonym.\n\nhot" and row["completion"] == "cold"
@@ -279,42 +256,31 @@ def test_alpaca_keeps_instruction_and_input():
     assert converted(dolly) == [{**row, "context": "hot"}]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("prompt", "completion"),
-        ("prompt", "response"),
-        ("question", "answer"),
-        ("inputs", "targets"),
-        ("inputs_pretokenized", "targets_pretokenized"),
-        ("query", "response"),
-        ("question", "response"),
-        ("question", "std_answer"),
-    ],
-)
+PAIR_NAMES = """prompt completion, prompt response, question answer, query response, inputs targets,
+inputs_pretokenized targets_pretokenized, question response, question std_answer"""
+
+
+@pytest.mark.parametrize("names", PAIR_NAMES.split(","))
 def test_pairs_under_any_name(names):
-    raw = {names[0]: "q", names[1]: "a", "id": 7}
-    assert converted(raw) == [{"prompt": "q", "completion": "a", "id": 7}]
+    question, answer = names.split()
+    pair = {"prompt": "q", "completion": "a"}
+    assert converted({question: "q", answer: "a", "id": 7}) == [{**pair, "id": 7}]
+    pair = {"prompt": ask("q"), "completion": says("a")}
+    assert converted({question: ask("q"), answer: "a"}) == [pair]
+    assert converted({question: "q", answer: says("a")}) == [pair]
 
 
 def test_conversations_of_any_names_agree():
     turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Good bye")]
     roles = {"human": "user", "gpt": "assistant"}
-    messages = {"messages": [{"role": roles[f], "content": v} for f, v in turns]}
+    expected = [{"role": roles[f], "content": v} for f, v in turns]
+    parts = [{"role": f.upper(), "content": [{"type": "text", "text": v}]} for f, v in turns]
+    filled = [{"role": None, "from": f, "content": None, "value": v} for f, v in turns]
     arrow = {"role": [roles[f] for f, _ in turns], "content": [v for _, v in turns]}
-    same = [
-        messages,
-        {"messages": arrow, "text": None, "tools": []},
-        {"conversations": [{"from": f, "value": v} for f, v in turns]},
-        {"messages": [{"role": None, "from": f, "content": None, "value": v} for f, v in turns]},
-        {
-            "messages": [
-                {"role": f.upper(), "content": [{"type": "text", "text": v}]} for f, v in turns
-            ]
-        },
-    ]
-    for row in same:
-        assert converted(row)[0]["messages"] == messages["messages"]
+    for messages in (expected, parts, filled, arrow):
+        (row,) = converted({"messages": messages, "text": None, "tools": []})
+        assert row["messages"] == expected
+        assert converted({"conversations": messages}) == [{"messages": expected}]
 
 
 def test_coig_questions_become_turns():
@@ -325,21 +291,15 @@ def test_coig_questions_become_turns():
 
 
 def test_transcripts_share_the_prompt():
-    begin = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A\n\nHuman: B"
-    raw = {"chosen": begin + "\n\nAssistant: good", "rejected": begin + "\n\nAssistant:"}
-    (row,) = converted(raw)
+    begin = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A\n\nHuman: B\n\nAssistant:"
+    (row,) = converted({"chosen": begin + " good", "rejected": begin})
     assert [m["content"] for m in row["prompt"]] == ["Hi", "Hello", "A\n\nB"]
-    assert row["chosen"] == [{"role": "assistant", "content": "good"}]
-    assert row["rejected"] == [{"role": "assistant", "content": ""}]
-
-
-def says(text, role="assistant"):
-    return [{"role": role, "content": text}]
+    assert (row["chosen"], row["rejected"]) == (says("good"), says(""))
 
 
 def test_preferences_of_every_mixture():
     """Texts stay texts; whatever holds messages becomes the same three lists of messages."""
-    user, texts = says("q", "user"), {"chosen": "a", "rejected": "b"}
+    user, texts = ask("q"), {"chosen": "a", "rejected": "b"}
     for question in ("prompt", "question", "instruction"):
         (row,) = converted({question: "q", **texts, "messages": user})
         assert {name: row[name] for name in ("prompt", *texts)} == {"prompt": "q", **texts}
@@ -361,14 +321,6 @@ def test_preferences_of_every_mixture():
     assert templates.response(row) == "cold"
 
 
-def test_pairs_of_messages_and_text():
-    for raw in (
-        {"prompt": "q", "completion": says("a")},
-        {"prompt": says("q", "user"), "response": "a"},
-    ):
-        assert converted(raw) == [{"prompt": says("q", "user"), "completion": says("a")}]
-
-
 def test_ranks_from_0_or_1():
     for ranks in ([3, 1, 2, 4], [2, 0, 1, 3]):
         row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "ranks": ranks}
@@ -376,19 +328,12 @@ def test_ranks_from_0_or_1():
 
 
 def test_a_system_column_becomes_a_message(tiny_tokenizer):
-    conversation = {
-        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    }
-    for raw in (
-        {"prompt": "q", "completion": "a"},
-        {"instruction": "q", "output": "a"},
-        conversation,
-    ):
+    conversation = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    expected = ("<|system|>s<|end|><|user|>q<|end|><|assistant|>", "a<|end|>")
+    pairs = {"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}
+    for raw in (*pairs, {"conversations": conversation}):
         (row,) = converted({**raw, "system": "s"})
-        assert data.render(row, tiny_tokenizer) == (
-            "<|system|>s<|end|><|user|>q<|end|><|assistant|>",
-            "a<|end|>",
-        )
+        assert data.render(row, tiny_tokenizer) == expected
         with pytest.raises(ValueError, match="alpaca"):
             data.render(row, tiny_tokenizer, "alpaca")
 
@@ -420,9 +365,6 @@ def test_bad_row_is_named(row, column):
         converted(row)
 
 
-# ---------------------------------------------------------------- templates
-
-
 def test_alpaca_templates(make_tokenizer):
     tokenizer = make_tokenizer(chat=False)
     row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
@@ -441,24 +383,17 @@ def test_alpaca_templates(make_tokenizer):
     assert "{input} {0}" in data.render(braces, tokenizer, "alpaca")[0]
 
 
-THINK = "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}"
+ASK = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+THINK = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and '<think>' not in "
+    "m.content %}<think></think>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}" + ASK
+)
+BARE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}" + ASK
 FRAMES = {
     "chatml": (CHATML, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>"),
     "llama2": (LLAMA2, "[INST] q [/INST]", " a <|end|>"),
-    "no EOS": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}",
-        "user: q\nassistant: ",
-        "a<|end|>",
-    ),
-    "thoughts": (
-        "{% for m in messages %}<|{{ m.role }}|>"
-        + THINK
-        + "{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        "<|user|>q<|end|><|assistant|><think></think>",
-        "a<|end|>",
-    ),
+    "no EOS": (BARE, "<|user|>q\n<|assistant|>", "a<|end|>"),
+    "thoughts": (THINK, "<|user|>q<|end|><|assistant|><think></think>", "a<|end|>"),
 }
 
 
@@ -468,18 +403,18 @@ def test_prompt_and_completion_are_the_templates_own(tiny_tokenizer, template, p
     tiny_tokenizer.chat_template = template
     assert data.render({"prompt": "q", "completion": "a"}, tiny_tokenizer) == (prompt, completion)
     assert data.render({"prompt": "q", "completion": ""}, tiny_tokenizer)[0] == prompt
-    own = tiny_tokenizer.apply_chat_template(says("q", "user") + says("a"), tokenize=False)
-    assert own.rstrip() == (prompt + completion if "<|" in own else prompt + "a")
+    own = tiny_tokenizer.apply_chat_template(ask("q") + says("a"), tokenize=False)
+    assert own.rstrip() == (prompt + completion).removesuffix("<|end|>" if template == BARE else "")
     ends = {
-        tiny_tokenizer.convert_tokens_to_ids(e)
-        for e in ("<|end|>", completion.split("a")[-1].strip())
+        tiny_tokenizer.convert_tokens_to_ids(end)
+        for end in ("<|end|>", completion[-10:].strip(" a"))
     }
     assert templates.eos_ids(tiny_tokenizer) == ends
     assert templates.eos_ids(tiny_tokenizer, "plain") == {tiny_tokenizer.eos_token_id}
 
 
 def test_an_answer_with_thoughts_has_one_block_or_is_refused(tiny_tokenizer):
-    tiny_tokenizer.chat_template = FRAMES["thoughts"][0]
+    tiny_tokenizer.chat_template = THINK
     answer = {"prompt": "q", "completion": "<think>hm</think>a"}
     expected = ("<|user|>q<|end|><|assistant|>", "<think>hm</think>a<|end|>")
     assert data.render(answer, tiny_tokenizer) == expected
@@ -489,15 +424,15 @@ def test_an_answer_with_thoughts_has_one_block_or_is_refused(tiny_tokenizer):
 
 
 def test_conversation_trains_the_last_answer(tiny_tokenizer):
-    texts = [("system", "s"), ("user", "u"), ("assistant", "first"), ("user", "v"),
-             ("assistant", "last"), ("user", "unseen")]  # fmt: skip
-    row = {"messages": [{"role": role, "content": text} for role, text in texts]}
+    turns = says("s", "system") + ask("u") + says("first") + ask("v") + says("last")
+    row = {"messages": turns + ask("unseen")}
     prompt, completion = data.render(row, tiny_tokenizer)
     assert prompt == (
         "<|system|>s<|end|><|user|>u<|end|><|assistant|>first<|end|><|user|>v<|end|><|assistant|>"
     )
     assert completion == "last<|end|>"
     plain, _ = data.render(row, tiny_tokenizer, "plain")
+    assert templates.prompt_text(PAIR) == PAIR["prompt"]
     assert plain.endswith("User:\nv\n\nAssistant:\n") and "unseen" not in plain
     with pytest.raises(ValueError, match="alpaca"):
         data.render(row, tiny_tokenizer, "alpaca")
@@ -519,50 +454,46 @@ def test_template_errors(make_tokenizer):
         data.encode([{"prompt": "q", "chosen": "a", "rejected": "b"}], make_tokenizer())
 
 
-def with_bos(make_tokenizer):
-    """Like Llama's: a BOS is put before every text, unless told not to."""
+def test_bos_stands_once_at_the_start(make_tokenizer):
+    """A tokenizer like Llama's puts a BOS before every text, unless told not to."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(chat=False)
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+        single="<|begin|> $A", special_tokens=[("<|begin|>", bos)]
     )
-    return tokenizer
+    long = {"prompt": "word " * 50, "completion": "yes"}
+    encoded = data.encode([PAIR, {"text": "a"}, long], tokenizer, max_length=48, template="plain")
+    for ids, _ in encoded:
+        assert ids[0] == bos and (ids == bos).sum() == 1
+    assert encoded.truncated == 1 and len(encoded[2].ids) == 48
 
 
-def test_bos_stands_once_at_the_start(make_tokenizer):
-    tokenizer = with_bos(make_tokenizer)
-    for row in (PAIR, {"text": "hello"}):
-        (ids,) = data.encode([row], tokenizer, template="plain").dataset["input_ids"]
-        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
-    row = {"prompt": "word " * 50, "completion": "yes"}
-    (ids,) = data.encode([row], tokenizer, max_length=12, template="plain").dataset["input_ids"]
-    assert len(ids) == 12 and ids[0] == tokenizer.bos_token_id
-
-
-# ---------------------------------------------------------------- encode
-
-
-def parts(tokenizer, row):
-    """The texts without and with loss, decoded."""
-    pairs = list(zip(row["input_ids"], row["completion_mask"], strict=True))
-    return [tokenizer.decode([i for i, m in pairs if m == keep]) for keep in (0, 1)]
+def decoded(tokenizer, example):
+    """The texts without and with loss."""
+    return [tokenizer.decode(example.ids[example.mask == loss]) for loss in (0, 1)]
 
 
 def test_loss_falls_on_response_and_eos_only(tiny_tokenizer):
     rows = [PAIR, {"prompt": "米拉住在哪里？", "completion": "河边的磨坊里。"}]
-    encoded = data.encode(rows, tiny_tokenizer)
-    for row, example in zip(rows, encoded.dataset, strict=True):
-        prompt, completion = parts(tiny_tokenizer, example)
+    encoded = data.encode([*rows, {"text": "Mila"}], tiny_tokenizer)
+    for row, example in zip(rows, encoded, strict=False):
+        prompt, completion = decoded(tiny_tokenizer, example)
         assert prompt == f"<|user|>{row['prompt']}<|end|><|assistant|>"
         assert completion == row["completion"] + "<|end|>"
-        assert example["input_ids"][-1] == tiny_tokenizer.eos_token_id
-        first = example["completion_mask"].index(1)
-        assert all(example["completion_mask"][first:])
+        assert (
+            example.ids[-1] == tiny_tokenizer.eos_token_id
+            and (example.mask[1:] >= example.mask[:-1]).all()
+        )
+        assert example.ids.dtype == example.mask.dtype == "int64"
+    assert decoded(tiny_tokenizer, encoded[2]) == ["", "Mila<|end|>"]  # all of a text is learned
+    assert encoded.dataset["input_ids"][:] == [ids.tolist() for ids, _ in encoded]
+    assert encoded.dataset["completion_mask"][:] == [mask.tolist() for _, mask in encoded]
     assert encoded.tokens == sum(map(len, encoded.dataset["input_ids"]))
     assert encoded.response_tokens == sum(map(sum, encoded.dataset["completion_mask"]))
-    assert encoded.truncated == 0 and "2 rows" in encoded.summary()
+    assert len(encoded) == 3 and encoded.truncated == 0 and "3 rows" in encoded.summary()
 
 
 _CACHE: dict = {}
@@ -573,41 +504,23 @@ _CACHE: dict = {}
 def test_no_token_straddles_the_border(make_tokenizer, prompt, completion):
     tokenizer = _CACHE.get("bare") or _CACHE.setdefault("bare", make_tokenizer(chat=False))
     row = {"prompt": prompt, "completion": completion}
-    (example,) = data.encode([row], tokenizer, template="plain", max_length=10_000).dataset
-    ids, mask = example["input_ids"], example["completion_mask"]
-    border = mask.index(1)
-    rendered = data.render(row, tokenizer, "plain")
-    for text, part in zip(rendered, (ids[:border], ids[border:]), strict=True):
-        assert tokenizer.decode(part) == text
+    (example,) = data.encode([row], tokenizer, template="plain", max_length=10_000)
+    assert tuple(decoded(tokenizer, example)) == data.render(row, tokenizer, "plain")
 
 
-def test_long_prompt_loses_its_beginning_and_is_counted(tiny_tokenizer):
+def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end(tiny_tokenizer):
     long = {"prompt": "far " * 100 + "near", "completion": "yes"}
-    encoded = data.encode([long, PAIR], tiny_tokenizer, max_length=48)
-    assert encoded.truncated == 1 and "1 cut to 48" in encoded.summary()
-    prompt, completion = parts(tiny_tokenizer, encoded.dataset[0])
-    assert len(encoded.dataset[0]["input_ids"]) == 48
+    answer = {"prompt": "q", "completion": "abcdefghij" * 20}
+    encoded = data.encode([long, PAIR, answer], tiny_tokenizer, max_length=48)
+    assert encoded.truncated == 2 and "2 cut to 48" in encoded.summary()
+    assert len(encoded[0].ids) == len(encoded[2].ids) == 48
+    prompt, completion = decoded(tiny_tokenizer, encoded[0])
     assert prompt.endswith("near<|end|><|assistant|>") and completion == "yes<|end|>"
-
-
-def test_long_response_loses_its_end_and_is_counted(tiny_tokenizer):
-    row = {"prompt": "q", "completion": "abcdefghij" * 20}
-    encoded = data.encode([row], tiny_tokenizer, max_length=16)
-    prompt, completion = parts(tiny_tokenizer, encoded.dataset[0])
-    assert encoded.truncated == 1 and len(encoded.dataset[0]["input_ids"]) == 16
-    assert prompt == "" and row["completion"].startswith(completion)
-
-
-def test_the_tokenizers_own_limit_holds(tiny_tokenizer):
+    prompt, completion = decoded(tiny_tokenizer, encoded[2])
+    assert prompt == "" and answer["completion"].startswith(completion)
     tiny_tokenizer.model_max_length = 20
-    encoded = data.encode([{"prompt": "far " * 100, "completion": "yes"}], tiny_tokenizer)
-    assert encoded.max_length == 20 and len(encoded.dataset[0]["input_ids"]) == 20
-
-
-def test_plain_text_carries_loss_everywhere(tiny_tokenizer):
-    (example,) = data.encode([{"text": "Mila bakes bread."}], tiny_tokenizer).dataset
-    assert all(example["completion_mask"])
-    assert tiny_tokenizer.decode(example["input_ids"]) == "Mila bakes bread.<|end|>"
+    encoded = data.encode([long], tiny_tokenizer)
+    assert encoded.max_length == len(encoded[0].ids) == 20
 
 
 def test_encode_names_what_it_refuses(tiny_tokenizer):
@@ -618,29 +531,6 @@ def test_encode_names_what_it_refuses(tiny_tokenizer):
         data.encode([], tiny_tokenizer)
     with pytest.raises(ValueError, match="max_length"):
         data.encode([PAIR], tiny_tokenizer, max_length=0)
-
-
-def test_encoded_is_a_sequence_of_examples(tiny_tokenizer):
-    encoded = data.encode([PAIR, {"text": "米拉"}], tiny_tokenizer)
-    assert len(encoded) == 2 and len(list(encoded)) == 2
-    for example, row in zip(encoded, encoded.dataset, strict=True):
-        assert example.ids.dtype == example.mask.dtype == "int64"
-        assert example.ids.tolist() == row["input_ids"]
-        assert example.mask.tolist() == row["completion_mask"]
-
-
-def test_pad_must_not_be_the_end_token():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"<e>": 0, "q": 1, "a": 2}, unk_token=None))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>", pad_token="<e>")
-    with pytest.raises(ValueError, match="pad_token"):
-        data.encode([{"prompt": "q", "completion": "a"}], tokenizer, template="plain")
-
-
-# ---------------------------------------------------------------- what is shown
 
 
 def test_masks_are_shown_escaped(tiny_tokenizer):
@@ -674,11 +564,6 @@ def test_side_by_side_is_escaped():
     assert "after | a & b" in repr(table)
     with pytest.raises(ValueError):
         show.side_by_side([row], ["a", "b"], ["c"])
-
-
-def test_prompt_text_reads_like_the_row():
-    assert templates.prompt_text(PAIR) == PAIR["prompt"]
-    assert templates.prompt_text({"text": "x"}) == ""
 
 
 def test_import_is_light():
