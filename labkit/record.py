@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from labkit.show import Table, show
+from labkit.show import Table
 
 Place = str | Path | None
 Values = dict[str, Any]
@@ -78,11 +78,11 @@ class Run:
     def table(self, name: str, rows: list[Values]) -> Table:
         """Record a small table of results under `name`, and return it for display."""
         self.record["tables"][name] = plain(rows)
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        data = [[show(row.get(column, "")) for column in columns] for row in rows]
+        table = Table(rows)
+        columns, data = table.columns, table.cells()
         self._send(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=data)}))
         self._write()
-        return Table(rows)
+        return table
 
     def artifact(self, name: str, kind: str = "model", parents: Sequence[str] = ()) -> None:
         """Record what was trained: the folder `name` of this run, and what it came from.
@@ -337,26 +337,27 @@ def _start_wandb(run: Run, project: str) -> Any:
     """W&B's run inside the run's folder, or None; offline where its server is not reached."""
     for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
         del os.environ[name]  # compose files leave them empty, which wandb refuses
-    mode: Any = os.environ.get("WANDB_MODE")
-    if mode == "disabled":
-        return None
     for kind in ("DATA", "CACHE"):  # a container may have no home to write to
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(run.folder / "wandb" / kind.lower()))
+    for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
+        try:
+            return None if mode == "disabled" else _open_wandb(run, project, mode)
+        except Exception as error:
+            logging.getLogger("labkit").warning("W&B was not opened: %s", error)
+    return None
+
+
+def _open_wandb(run: Run, project: str, mode: Any) -> Any:
     import wandb
 
-    quiet = dict(silent=True, console="off", x_disable_stats=True, init_timeout=10)
-    private = dict(host="", x_save_requirements=False, x_disable_meta=True, disable_git=True)
-    settings = wandb.Settings(finish_timeout=10, **quiet, **private)
+    online = mode == "" and wandb.login(prompt=False, verify=False)
     notebook = run.record["notebook"]
     about: Values = dict(project=project, group=notebook, name=f"{notebook}-{run.folder.name}")
-    about |= dict(config=run.record["parameters"], dir=str(run.folder), settings=settings)
-    for attempt in (mode, "offline"):
-        try:
-            online = attempt is None and wandb.login(prompt=False, verify=False)
-            attempt = attempt or ("online" if online else "offline")
-            made = wandb.init(mode=attempt, reinit="finish_previous", **about)
-            made.define_metric("*", step_metric="step")
-            return made
-        except Exception as error:
-            logging.getLogger("labkit").warning("W&B (%s): %s", attempt, error)
-    return None
+    about |= dict(config=run.record["parameters"], dir=str(run.folder))
+    quiet = dict(silent=True, console="off", x_disable_stats=True, init_timeout=10)
+    private = dict(host="", x_save_requirements=False, x_disable_meta=True, disable_git=True)
+    about["settings"] = wandb.Settings(finish_timeout=10, **quiet, **private)
+    about["mode"] = mode or ("online" if online else "offline")
+    made = wandb.init(reinit="finish_previous", **about)
+    made.define_metric("*", step_metric="step")
+    return made
