@@ -104,18 +104,19 @@ def panels(
         for place, (ylabel, picture) in enumerate(series.items(), start=1):
             axes = figure.add_subplot(rows, columns, place, xlabel=xlabel, ylabel=ylabel)
             for label, (x, y) in picture.items():
-                mean, std = zip(*map(_mean_std, y), strict=True)
-                (shown[label],) = axes.plot(
-                    x, mean, color=colours[label], label=label, linewidth=1.5
-                )
-                low, high = (
-                    [m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1)
-                )
-                axes.fill_between(x, low, high, color=colours[label], alpha=0.15, linewidth=0)
+                shown[label] = _band(axes, x, y, label, colours[label])
     if any(names):
         options = dict(frameon=False, fontsize=8, loc="outside lower center", ncols=5)
         figure.legend([shown[name] for name in names], names, **options)
     return figure
+
+
+def _band(axes: Any, x: Sequence[float], y: Sequence[Any], label: str, colour: str) -> Any:
+    mean, std = zip(*map(_mean_std, y), strict=True)
+    (line,) = axes.plot(x, mean, color=colour, label=label, linewidth=1.5)
+    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    return line
 
 
 def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: str) -> Any:
