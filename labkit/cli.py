@@ -10,8 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,14 @@ def app() -> None:
 
     A NAME is a notebook's full name, or a part of it: 02_lora, lora or 02.
     """
+    # A scheduler, or a closed terminal, ends a run as Ctrl-C does; nohup's choice stays.
+    for kind in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+        if kind and signal.getsignal(kind) == signal.SIG_DFL:
+            signal.signal(kind, _stop)
+
+
+def _stop(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def main() -> None:
@@ -118,8 +124,7 @@ def refresh(names: tuple[str, ...], all_: bool) -> None:
         began = time.perf_counter()
         new = path.with_name(f".{path.stem}.{os.getpid()}.ipynb")
         try:
-            with _signals():
-                notebooks.execute(path, new, cwd=path.resolve().parent, on_cell=_Progress(path))
+            notebooks.execute(path, new, {}, path.resolve().parent, _Progress(path))
             os.replace(new, path)
         except (Exception, KeyboardInterrupt) as error:
             click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
@@ -154,8 +159,7 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     os.environ["LABKIT_RUN_DIR"] = str(folder)
     began, status, error = time.perf_counter(), "finished", ""
     try:
-        with _signals():
-            notebooks.execute(path, folder / "notebook.ipynb", values, on_cell=_Progress(path))
+        notebooks.execute(path, folder / "notebook.ipynb", values, Path.cwd(), _Progress(path))
     except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
         status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         error = _failure(path.stem, failure)
@@ -167,24 +171,6 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
             click.echo(f"To go on from its last checkpoint, add: -p resume {_short(folder)}")
         raise SystemExit(1)
     return status == "finished"
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP (of a scheduler, a closed terminal) end a run as Ctrl-C does."""
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    kinds = [kind for kind in kinds if signal.getsignal(kind) == signal.SIG_DFL]  # not under nohup
-    for kind in kinds:
-        signal.signal(kind, stop)
-    try:
-        yield
-    finally:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
 
 
 def _failure(name: str, error: Any) -> str:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,8 @@ def validate(values: dict[str, Any], path: Path) -> dict[str, Any]:
     parameter is none, and a former name is accepted with a warning. Raises `ValueError` naming
     the parameter, what was expected and what came.
     """
-    from pydantic import ValidationError
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
 
     defaults, limits, former = parameters(path), _read(path)[1].get("limits", {}), renamed(path)
     checked = {}
@@ -112,27 +113,25 @@ def validate(values: dict[str, Any], path: Path) -> dict[str, Any]:
         if name not in defaults:
             near = f"{nearest(name, defaults)}; it has: {', '.join(defaults) or 'none'}"
             raise ValueError(f"{path.stem} has no parameter {name!r}{near}")
+        default, text, read = defaults[name], isinstance(value, str), value
+        if text and not isinstance(default, (str, int, float)):  # a list, or of any type
+            with suppress(yaml.YAMLError):
+                read = yaml.safe_load(value)
+        kind = TypeAdapter(_type(default, limits.get(name)))
         try:
-            checked[name] = _checked(value, _type(defaults[name], limits.get(name)))
+            checked[name] = kind.validate_python(read, strict=not text)
         except ValidationError as error:
-            reason = f"{error.errors()[0]['msg']} (default {defaults[name]!r}); got {value!r}"
+            reason = f"{error.errors()[0]['msg']} (default {default!r}); got {value!r}"
             raise ValueError(f"{path.stem}: parameter {name!r}: {reason}") from None
     return checked
 
 
-def execute(
-    path: Path,
-    out: Path,
-    values: dict[str, Any] | None = None,
-    *,
-    cwd: Path | None = None,
-    on_cell: Callable[..., None] | None = None,
-) -> None:
+def execute(path: Path, out: Path, values: dict[str, Any], cwd: Path, on_cell: Callable) -> None:
     """Run a notebook in a fresh kernel and leave the cleaned result at `out`, also on failure.
 
-    `values` must have passed `validate`; `cwd` is the kernel's folder, by default the current
-    one. `on_cell(cell=…, cell_index=…)` is called before each cell. A failing cell raises
-    `papermill.PapermillExecutionError`.
+    `values` must have passed `validate`; `cwd` is the kernel's folder. `on_cell(cell=…,
+    cell_index=…)` is called before each cell. A failing cell raises papermill's
+    `PapermillExecutionError`.
     """
     import papermill
     from traitlets.config import Config
@@ -144,9 +143,9 @@ def execute(
     # Other users of the machine must not read what kernel and papermill say.
     private = Config({"KernelManager": {"transport_encryption": "auto"}})
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
-    options |= {"cwd": cwd or Path.cwd(), "on_cell_start": on_cell, "config": private}
+    options |= {"cwd": cwd, "on_cell_start": on_cell, "config": private}
     try:
-        papermill.execute_notebook(path, out, parameters=values or {}, **options)
+        papermill.execute_notebook(path, out, parameters=values, **options)
     finally:
         if out.exists():
             clean(out)
@@ -198,26 +197,3 @@ def _type(default: Any, limits: list[Any] | None) -> Any:
     if limits:
         return Annotated[type(default), Field(ge=limits[0], le=limits[1])]
     return Any if default is None else type(default)
-
-
-def _checked(value: Any, kind: Any) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-
-    *readings, last = _readings(value)
-    for reading in readings:
-        with suppress(ValidationError):
-            return TypeAdapter(kind).validate_python(reading, strict=True)
-    return TypeAdapter(kind).validate_python(last, strict=True)
-
-
-def _readings(value: Any) -> Iterator[Any]:
-    """What a text may mean, itself last."""
-    if isinstance(value, str):
-        import yaml
-
-        with suppress(yaml.YAMLError):
-            if not isinstance(read := yaml.safe_load(value), str):
-                yield read
-        with suppress(ValueError):
-            yield float(value)  # YAML 1.1 reads 1e-3 as a text
-    yield value

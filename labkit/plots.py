@@ -14,22 +14,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 COLOURS = ("#2563a8", "#d1603d", "#3c8d5a", "#8a5aa8", "#b08a2e", "#5b6770")
-_CJK_FONTS = {
-    "Noto Sans CJK SC",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "PingFang SC",
-    "SimHei",
-}
+Series = Mapping[str, tuple[Sequence[float], Sequence[Any]]]  # {label: (x values, y values)}
+_CJK_FONTS = "Noto Sans CJK SC, Source Han Sans SC, WenQuanYi Micro Hei, PingFang SC, SimHei"
 _STYLE: dict[str, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
 
 
 def loss_curve(
-    history: list[dict[str, Any]] | Mapping[str, list[dict[str, Any]]],
-    *,
-    title: str = "Training loss",
-    ylabel: str = "loss (nats per response token)",
+    history: Any, title: str = "Training loss", ylabel: str = "loss (nats per response token)"
 ) -> Any:
     """Loss against step, from a history of dicts with `step` and `loss`, or several by label."""
     runs = history if isinstance(history, Mapping) else {"": history}
@@ -38,13 +30,7 @@ def loss_curve(
     return lines(series, xlabel="step", ylabel=ylabel, title=title)
 
 
-def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    logx: bool = False,
-    logy: bool = False,
-    **labels: str,
-) -> Any:
+def lines(series: Series, *, logx: bool = False, logy: bool = False, **labels: str) -> Any:
     """One line for each label of `{label: (x values, y values)}`."""
     figure, axes = figure_axes(**labels)
     for (label, (x, y)), colour in zip(series.items(), cycle(COLOURS), strict=False):
@@ -81,12 +67,7 @@ def sweep(
     return figure
 
 
-def panels(
-    series: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Any]]]],
-    *,
-    xlabel: str,
-    title: str,
-) -> Any:
+def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
     """Small pictures over one x axis, three in a row: `{y label: {label: (x, y)}}`.
 
     Each y is a number, or the values of the seeds: then the line is their mean, with a band of a
@@ -143,12 +124,7 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: str) -> 
 
 
 def matrix(
-    rows: Sequence[Sequence[float]],
-    *,
-    xlabels: Sequence[str],
-    ylabels: Sequence[str],
-    label: str,
-    **labels: str,
+    rows: Any, *, xlabels: Sequence[str], ylabels: Sequence[str], label: str, **labels: str
 ) -> Any:
     """A table of numbers as colours with the numbers written in; `label` names the colours."""
     figure, axes = figure_axes(**labels)
@@ -200,7 +176,7 @@ def _figure_class() -> type:
 def _style() -> dict[str, Any]:
     from matplotlib.font_manager import fontManager
 
-    installed = sorted(_CJK_FONTS & {font.name for font in fontManager.ttflist})
+    installed = sorted({*_CJK_FONTS.split(", ")} & {font.name for font in fontManager.ttflist})
     return _STYLE | {"font.family": ["DejaVu Sans", *installed]}
 
 

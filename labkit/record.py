@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 import subprocess
 import sys
 import time
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from hashlib import blake2s
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +126,10 @@ class Run:
 
     def claims_table(self) -> Table:
         """The claims so far: number, claim, how measured, value, verdict."""
-        return claims_table(self.record["claims"])
+        names = {"number": "#", "how": "how measured"}
+        claims = self.record["claims"]
+        rows = [{names.get(key, key): value for key, value in claim.items()} for claim in claims]
+        return Table(rows, css_class="labkit-claims")
 
     def finish(self, status: str = "finished") -> None:
         """Close the record, then W&B; a second call changes nothing."""
@@ -179,7 +180,7 @@ def start(
 
 def new_folder(notebook: str, root: Place = None) -> Path:
     """Make a folder of its own for a run of `notebook` and return it."""
-    identity = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    identity = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
     folder = Path(root or project_root()) / "runs" / notebook / identity
     folder.mkdir(parents=True)
     return folder
@@ -204,9 +205,11 @@ def close(folder: Path, notebook: str, parameters: Values, status: str, error: s
 def read_runs(root: Place = None) -> list[Values]:
     """All records below `<root>/runs`, oldest first, each with its `folder` added.
 
-    A running record whose process is gone has the status `stopped`, one that cannot be read
-    the status `unreadable`.
+    The status is `stopped` where the process of a running record is gone, `unreadable` where
+    the file cannot be read.
     """
+    import psutil
+
     runs = []
     files = Path(root or project_root()).glob("runs/*/*/record.json")
     for file in sorted(files, key=lambda f: f.parent.name):
@@ -215,7 +218,8 @@ def read_runs(root: Place = None) -> list[Values]:
         except (OSError, ValueError, TypeError) as error:
             record = _new_record(file.parent.parent.name, file.parent, {})
             record.update(status="unreadable", error=f"{file}: {error}")
-        if record["status"] == "running" and _is_gone(record.get("process")):
+        machine, process = record.get("process") or ("", 0)  # another machine's are not known
+        if machine == _MACHINE and record["status"] == "running" and not psutil.pid_exists(process):
             record["status"] = "stopped"
         runs.append(record | {"folder": str(file.parent)})
     return runs
@@ -225,13 +229,6 @@ def recorded(question: str) -> Values:
     """Committed results of a sweep too long to run live: `benchmarks/results/<question>.json`."""
     file = _PROJECT / "benchmarks" / "results" / f"{question}.json"
     return json.loads(file.read_text("utf-8"))
-
-
-def claims_table(claims: list[Values]) -> Table:
-    """Recorded claims as a table for display."""
-    names = {"number": "#", "how": "how measured"}
-    rows = [{names.get(key, key): value for key, value in claim.items()} for claim in claims]
-    return Table(rows, css_class="labkit-claims")
 
 
 def plain(value: Any) -> Any:
@@ -271,6 +268,8 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape a result."""
+    from importlib.metadata import version  # slow to import
+
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
@@ -304,13 +303,6 @@ def _line(file: str, name: str) -> str:
     text = Path(file).read_text() if Path(file).exists() else ""
     found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1] if found else ""
-
-
-def _is_gone(process: list[Any] | None) -> bool:
-    import psutil
-
-    machine, number = process or ("", 0)  # of another machine's processes nothing is known
-    return machine == _MACHINE and not psutil.pid_exists(number)
 
 
 def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:

@@ -49,7 +49,7 @@ def _section(run: dict[str, Any]) -> str:
     facts["lineage"] = " · ".join(_origin(made) for made in run.get("artifacts", []))
     lines = (f"<br>{escape(f'{key}: {text}')}" for key, text in facts.items() if text)
     parts = [f"<h2>{escape(run['notebook'])} <small>{escape(run['id'])}</small></h2>"]
-    parts += [f"<small>{''.join(lines)}</small>", record.claims_table(run["claims"])._repr_html_()]
+    parts += [f"<small>{''.join(lines)}</small>", Table(run["claims"])._repr_html_()]
     names = dict.fromkeys(name for entry in run["history"] for name in entry if name != "step")
     parts += [_curve(name, run["history"]) for name in names]
     for name, rows in run["tables"].items():

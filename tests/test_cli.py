@@ -209,9 +209,3 @@ def test_the_commands_of_the_readme_parse():
         cli.app.commands[command].make_context(command, arguments)
     with pytest.raises(click.UsageError):
         cli.app.commands["run"].make_context("run", ["lora", "--no-such-option"])
-
-
-def test_the_console_script_is_installed():
-    script = Path(sys.executable).parent / "labkit"
-    done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "report" in done.stdout

@@ -1,6 +1,5 @@
 """The contract of the committed notebooks: order, outputs, size, sections, claims, parameters."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -119,7 +118,5 @@ def test_profiles_hold_good_values_of_parameters_that_exist():
 
 
 @every
-def test_the_readme_lists_the_notebook_and_its_code_parses(path):
-    assert f"notebooks/{path.name}" in (ROOT / "README.md").read_text("utf-8")
-    for cell in code(read(path)):
-        ast.parse(re.sub(r"(?m)^\s*[%!].*$", "pass", cell.source))
+def test_the_readme_links_the_notebook(path):
+    assert f"(notebooks/{path.name})" in (ROOT / "README.md").read_text("utf-8")

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import labkit
-
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PINS = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
@@ -22,12 +20,8 @@ def canonical(requirement):
     return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
-def test_every_dependency_is_pinned_exactly():
+def test_every_dependency_is_pinned_and_locked():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in PINS)
-    assert "torch==2.13.0" in PINS
-
-
-def test_the_lock_holds_the_same_versions():
     locked = dict(canonical(line) for line in LOCK.splitlines() if not line.startswith("#"))
     assert {canonical(pin) for pin in PINS} <= set(locked.items())
 
@@ -54,10 +48,6 @@ def test_the_installed_versions_are_the_locked_ones():
     for pin in PINS:
         name, wanted = canonical(pin)
         assert version(name).split("+")[0] == wanted
-
-
-def test_the_version_is_the_projects():
-    assert labkit.__version__ == PROJECT["version"]
 
 
 @pytest.mark.parametrize("module", ["labkit", "labkit.cli"])

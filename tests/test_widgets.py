@@ -51,8 +51,3 @@ def test_exploring_shows_what_is_printed_displayed_and_returned_and_streams_noth
     slider.value = 3
     assert "square of 3" in shown(box) and "'9'" in shown(box) and "'4'" not in shown(box)
     assert box.children[-1].msg_id == ""  # the widget never catches a cell's own messages
-
-
-def test_targets_are_checked():
-    with pytest.raises(KeyError, match="qv"):
-        widgets.lora_row(8, 64, 2, "qv")
