@@ -124,7 +124,7 @@ def refresh(names: tuple[str, ...], all_: bool) -> None:
         began = time.perf_counter()
         new = path.with_name(f".{path.stem}.{os.getpid()}.ipynb")
         try:
-            notebooks.execute(path, new, {}, path.resolve().parent, _Progress(path))
+            _execute(path, new, {}, path.resolve().parent)
             os.replace(new, path)
         except (Exception, KeyboardInterrupt) as error:
             click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
@@ -148,10 +148,17 @@ class _Progress:
         seconds = time.perf_counter() - self._began
         text = f"{self._name}: cell {cell_index + 1} · {seconds:.0f} s · {self._section}"
         if sys.stderr.isatty():
-            click.echo(f"\r\x1b[K{text[:100]}\r", nl=False, err=True)
+            click.echo(f"\r\x1b[K{text[:100]}", nl=False, err=True)
         elif self._section != self._shown:
             click.echo(text, err=True)
         self._shown = self._section
+
+
+def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
+    try:
+        notebooks.execute(path, out, values, cwd, _Progress(path))
+    finally:
+        click.echo("\r\x1b[K" if sys.stderr.isatty() else "", nl=False, err=True)
 
 
 def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
@@ -159,7 +166,7 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     os.environ["LABKIT_RUN_DIR"] = str(folder)
     began, status, error = time.perf_counter(), "finished", ""
     try:
-        notebooks.execute(path, folder / "notebook.ipynb", values, Path.cwd(), _Progress(path))
+        _execute(path, folder / "notebook.ipynb", values, Path.cwd())
     except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
         status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         error = _failure(path.stem, failure)

@@ -340,6 +340,7 @@ def _start_wandb(run: Run, project: str) -> Any:
 
 
 def _open_wandb(run: Run, project: str, mode: Any) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
     import wandb
 
     online = mode == "" and wandb.login(prompt=False, verify=False)
