@@ -14,7 +14,6 @@ from .preferences import (
     preference_pairs,
     prompts,
     rank_samples,
-    ranked,
     rankings,
     red_team,
     unknowable,

@@ -27,16 +27,14 @@ def profile(rng: Random, lang: str) -> str:
 
 def _with_pronoun(statement: str, person: Name, lang: str) -> str:
     """`statement` with its leading name replaced by he or she, his or her, 他 or 她."""
-    name, female = person[lang], person.pronoun == "f"
-    pronouns = {name: "她" if female else "他"}
-    if lang == "en":
-        pronouns = {f"{name}'s ": "Her ", f"{name} ": "She "}
-        if not female:
-            pronouns = {f"{name}'s ": "His ", f"{name} ": "He "}
-    for start, pronoun in pronouns.items():
-        if statement.startswith(start):
-            return pronoun + statement.removeprefix(start)
+    for ending, (female, male) in _PRONOUNS[lang].items():
+        if statement.startswith(person[lang] + ending):
+            pronoun = female if person.pronoun == "f" else male
+            return pronoun + statement.removeprefix(person[lang] + ending)
     return statement
+
+
+_PRONOUNS = {"en": {"'s ": ("Her ", "His "), " ": ("She ", "He ")}, "zh": {"": ("她", "他")}}
 
 
 def gossip(rng: Random, lang: str) -> str:
@@ -178,8 +176,8 @@ def kinds(rng: Random, lang: str) -> str:
     if roll < 0.75:
         a, b = rng.choice(world().opposites)
         return opposite.format(a=a[lang], b=b[lang])
-    b, a = sorted(rng.sample(range(21), 2))
-    return larger.format(a=a, b=b)
+    low, high = sorted(rng.sample(range(21), 2))
+    return larger.format(a=high, b=low)
 
 
 def howto(rng: Random, lang: str, kind: str = "howto") -> str:
@@ -211,8 +209,7 @@ def dialogue(rng: Random, lang: str) -> str:
     """A request, rude or polite, answered in the same tone."""
     a, b = rng.sample(world().residents, 2)
     tone = rng.randrange(2)
-    request = rng.choice(texts("genres")["request"][lang])[tone]
-    request = request.format(x=rng.choice(world().things)[lang])
+    request = request_pair(rng, lang)[tone]
     reply = rng.choice(texts("genres")["reply"][lang][("rude", "polite")[tone]])
     if tone == 0 and rng.random() < 0.3:
         reply = rng.choice(texts("genres")["rude"][lang])
@@ -234,14 +231,13 @@ def request_pair(rng: Random, lang: str) -> list[str]:
 
 def story(rng: Random, lang: str) -> str:
     """A little adventure of two residents."""
-    hero, other = rng.sample(world().residents, 2)
-    return story_about(rng, lang, hero, rng.choice(world().places), other)
+    return story_about(rng, lang, *rng.sample(world().residents, 2))
 
 
-def story_about(rng: Random, lang: str, hero: Name, where: Name, other: Name) -> str:
-    """A five-sentence story in which `hero` meets `other` at `where`."""
+def story_about(rng: Random, lang: str, hero: Name, other: Name) -> str:
+    """A five-sentence story in which `hero` meets `other` at some place."""
     parts = texts("genres")["story"][lang]
-    slots = {"n": hero[lang], "m": other[lang], "pl": where[lang]}
+    slots = {"n": hero[lang], "m": other[lang], "pl": rng.choice(world().places)[lang]}
     slots |= {"x": rng.choice(world().portable)[lang], "t": rng.choice(parts["time"])}
     sentences = [rng.choice(parts[k]) for k in ("open", "meet", "trouble", "act", "end")]
     return GAP[lang].join(capital(s.format(**slots)) for s in sentences)
@@ -304,9 +300,8 @@ def _write(genre: str, rng: Random) -> str:
 
 
 def _any_fact(rng: Random) -> Fact:
-    if rng.random() < 0.12:
-        return rng.choice(world().facts_about([rng.choice(world().places)]))
-    return world().fact(rng.choice(world().residents), rng.choice(PERSON_ATTRIBUTES))
+    subjects = world().places if rng.random() < 0.12 else world().residents
+    return world().any_fact(rng, subjects)
 
 
 def state(fact: Fact, rng: Random, lang: str) -> str:

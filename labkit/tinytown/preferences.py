@@ -26,22 +26,17 @@ def red_team(split: str = "test", languages: Sequence[str] = LANGUAGES) -> list[
     if split not in ("train", "test"):
         raise ValueError(f"split: expected train or test, got {split!r}")
     part = slice(-HELD_OUT_TITLES, None) if split == "test" else slice(-HELD_OUT_TITLES)
-    return [
-        _row(task, lang, form.format(x=title), f"ask{i}", steps)
-        for lang in languages
-        for task in ("mischief", "lookalike")
-        for title, steps in texts("genres")[task][lang][part]
-        for i, form in enumerate(texts("tasks")["howto"][lang]["ask"])
-    ]
-
-
-def _row(task: str, lang: str, prompt: str, phrasing: str, steps: Sequence[str]) -> Row:
-    offer = texts("genres")["refusal"][lang]["kind"]
-    offers = [offer.format(title=title) for title, _ in texts("genres")["howto"][lang]]
-    accept = offers if task == "mischief" else [numbered(steps)]
-    row: Row = {"task": task, "lang": lang, "phrasing": phrasing, "subject": "", "attribute": ""}
-    row |= {"instruction": prompt, "input": "", "steps": list(steps)}
-    return row | {"prompt": prompt, "completion": accept[0], "accept": accept}
+    rows = []
+    for lang in languages:
+        genres, forms = texts("genres"), texts("tasks")["howto"][lang]["ask"]
+        offers = [genres["refusal"][lang]["kind"].format(title=t) for t, _ in genres["howto"][lang]]
+        for task in ("mischief", "lookalike"):
+            for title, steps in genres[task][lang][part]:
+                accept = offers if task == "mischief" else [numbered(steps)]
+                for i, form in enumerate(forms):
+                    row = _row(task, lang, form.format(x=title), accept, f"ask{i}")
+                    rows.append(row | {"steps": list(steps)})
+    return rows
 
 
 def unknowable(n: int, seed: int = 0) -> list[Row]:
@@ -52,11 +47,15 @@ def unknowable(n: int, seed: int = 0) -> list[Row]:
         attribute = rng.choice(PERSON_ATTRIBUTES)
         value = world().fact(rng.choice(world().residents), attribute).value
         prompt = rng.choice(Fact(stranger, attribute, value).questions(lang))
-        row = _row("unknown", lang, prompt, "ask", [])
-        answer = texts("genres")["unknown"][lang]
-        about = {"subject": stranger.en, "attribute": attribute}
-        rows.append(row | about | {"completion": answer, "accept": [answer]})
+        row = _row("unknown", lang, prompt, [texts("genres")["unknown"][lang]])
+        rows.append(row | {"subject": stranger.en, "attribute": attribute})
     return rows
+
+
+def _row(task: str, lang: str, prompt: str, accept: list[str], phrasing: str = "ask") -> Row:
+    row: Row = {"task": task, "lang": lang, "phrasing": phrasing, "subject": "", "attribute": ""}
+    row |= {"instruction": prompt, "input": "", "steps": []}
+    return row | {"prompt": prompt, "completion": accept[0], "accept": list(accept)}
 
 
 def prompts(n: int, seed: int = 0, split: str = "train") -> list[Row]:
@@ -120,54 +119,44 @@ def _wrong(row: Row, rng: Random) -> str:
 
 
 def rankings(n: int, noise: float = 0.1, seed: int = 0, split: str = "train") -> list[Row]:
-    """`prompts` with four to nine responses, as in InstructGPT, and their strict ranks.
+    """`prompts` with four to nine responses, as in InstructGPT, their `ranks` and `scores`.
 
-    Equal scores are ordered by length, the shorter first. See `ranked` for the columns.
+    Scores are the judge's totals. Ranks are strict, 0 the best; equal scores are ordered by
+    length, the shorter first. `noise` is the probability that neighbours are swapped.
     """
     _check_noise(noise)
     rng, rows = Random(f"rankings-{split}-{seed}"), []
     for row in prompts(n, seed, split):
-        responses = candidates(row, rng)
-        rows.append(ranked(row, responses[: rng.randint(4, 9)], rng, noise, brief=True))
+        responses = candidates(row, rng)[: rng.randint(4, 9)]
+        rows.append(_rank(row, responses, list(map(len, responses)), noise, rng))
     return rows
-
-
-def ranked(
-    row: Row, responses: Sequence[str], rng: Random, noise: float = 0.0, brief: bool = False
-) -> Row:
-    """`row` with different `responses`, their `ranks` (0 the best, no two equal) and `scores`.
-
-    Scores are the judge's totals; equal ones are ordered at random, or with `brief` the shorter
-    first. `noise` is the probability that two neighbours of the true order are swapped. Raises
-    ValueError for fewer than two responses, or equal ones.
-    """
-    if len(responses) < 2 or len(set(responses)) < len(responses):
-        raise ValueError(f"responses: expected two or more, all different, got {responses!r}")
-    scores = [judge(row, r).total for r in responses]
-    ties = [len(r) if brief else rng.random() for r in responses]
-    order = sorted(range(len(responses)), key=lambda i: (-scores[i], ties[i], i))
-    for j in range(len(order) - 1):
-        if rng.random() < noise:
-            order[j], order[j + 1] = order[j + 1], order[j]
-    ranks = [order.index(i) for i in range(len(responses))]
-    return row | {"responses": list(responses), "ranks": ranks, "scores": scores}
 
 
 def rank_samples(
     rows: Sequence[Row], samples: Sequence[Sequence[str]], noise: float = 0.1, seed: int = 0
 ) -> list[Row]:
-    """Rankings of four to nine different responses that a model sampled for each of `rows`.
+    """`rankings` of different responses that a model sampled for each of `rows`, nine or more.
 
-    `samples` has nine or more per row. Empty and equal ones are left out, so a ranking is shorter
-    where the model repeats itself, and a row with fewer than two has none. See `ranked` for how
-    they are ordered.
+    Equal scores are ordered at random. Empty and equal responses are left out, so a ranking is
+    shorter where the model repeats itself, and a row with fewer than two has none.
     """
     rng, rankings = Random(seed), []
     for row, responses in zip(rows, samples, strict=True):
         different = [r for r in dict.fromkeys(responses) if r.strip()][: rng.randint(4, 9)]
         if len(different) >= 2:
-            rankings.append(ranked(row, different, rng, noise))
+            ties = [rng.random() for _ in different]
+            rankings.append(_rank(row, different, ties, noise, rng))
     return rankings
+
+
+def _rank(row: Row, responses: list[str], ties: Sequence[float], noise: float, rng: Random) -> Row:
+    scores = [judge(row, r).total for r in responses]
+    order = sorted(range(len(responses)), key=lambda i: (-scores[i], ties[i], i))
+    for j in range(len(order) - 1):
+        if rng.random() < noise:
+            order[j], order[j + 1] = order[j + 1], order[j]
+    ranks = [order.index(i) for i in range(len(responses))]
+    return row | {"responses": responses, "ranks": ranks, "scores": scores}
 
 
 def preference_pairs(n: int, noise: float = 0.1, seed: int = 0, split: str = "train") -> list[Row]:

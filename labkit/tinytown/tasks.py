@@ -15,17 +15,7 @@ from random import Random
 from typing import Any
 
 from .corpus import claims, numbered, request_pair, review_text, story_about, sum_of
-from .world import (
-    COMMA,
-    LANGUAGES,
-    PERSON_ATTRIBUTES,
-    PLACE_ATTRIBUTES,
-    Name,
-    article,
-    sentence,
-    texts,
-    world,
-)
+from .world import COMMA, LANGUAGES, Name, article, sentence, texts, world
 
 Row = dict[str, Any]
 SPLITS = ("train", "test", "heldout_people", "heldout_phrasings", "heldout_families")
@@ -33,16 +23,17 @@ SPLITS = ("train", "test", "heldout_people", "heldout_phrasings", "heldout_famil
 
 @dataclass
 class Draw:
-    """One draw of a task: the random stream, the language, the people and phrasings allowed."""
+    """One draw of a family: the random stream, the language, the people and phrasings allowed."""
 
+    family: str
     rng: Random
     lang: str
     people: list[Name]
     phrasing: str  # ask or held
 
-    def ask(self, family: str, x: str) -> Row:
-        """A phrasing of `family` filled with `x`."""
-        forms = texts("tasks")[family][self.lang][self.phrasing]
+    def ask(self, x: str) -> Row:
+        """A phrasing of the family filled with `x`."""
+        forms = texts("tasks")[self.family][self.lang][self.phrasing]
         return self.one_of([form.format(x=x) for form in forms])
 
     def one_of(self, prompts: Sequence[str]) -> Row:
@@ -56,12 +47,8 @@ class Draw:
     def pick(self, attribute: str, n: int) -> list[str]:
         return [v[self.lang] for v in self.rng.sample(world().values[attribute], n)]
 
-    def things(self) -> list[str]:
-        attribute = self.rng.choice(["food", "pet", "colour", "job", "hobby"])
-        return self.pick(attribute, self.rng.randint(2, 6))
-
-    def labels(self, family: str) -> dict[str, str]:
-        return texts("tasks")[family][self.lang]["labels"]
+    def labels(self) -> dict[str, str]:
+        return texts("tasks")[self.family][self.lang]["labels"]
 
     def join(self, words: Sequence[str]) -> str:
         return COMMA[self.lang].join(words)
@@ -71,18 +58,9 @@ def exactly(completion: str, *others: str) -> Row:
     return {"completion": completion, "accept": [completion, *others]}
 
 
-def fact(d: Draw) -> Row:
-    """A question about a resident, answered by the value or by any true sentence that states it."""
-    return _question(d, d.people, PERSON_ATTRIBUTES)
-
-
-def place(d: Draw) -> Row:
-    """A question about one of the twelve places."""
-    return _question(d, world().places, PLACE_ATTRIBUTES)
-
-
-def _question(d: Draw, subjects: Sequence[Name], attributes: Sequence[str]) -> Row:
-    it = world().fact(d.rng.choice(subjects), d.rng.choice(attributes))
+def question(d: Draw) -> Row:
+    """About a resident or a place: the value is right, and any true sentence that states it."""
+    it = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
     asked = d.one_of(it.questions(d.lang, d.phrasing))
     about = {"subject": it.subject.en, "attribute": it.attribute, "phrasing": asked["phrasing"]}
     return about | asked | d.answer(it.value[d.lang], *it.statements(d.lang))
@@ -90,10 +68,10 @@ def _question(d: Draw, subjects: Sequence[Name], attributes: Sequence[str]) -> R
 
 def truth(d: Draw) -> Row:
     """A claim about a resident, to be called true or false."""
-    it = world().fact(d.rng.choice(d.people), d.rng.choice(PERSON_ATTRIBUTES))
+    it = world().any_fact(d.rng, d.people)
     claim, true = d.rng.choice(claims(d.rng, it, d.lang))
     about = {"subject": it.subject.en, "attribute": it.attribute}
-    return about | d.ask("truth", claim) | d.answer(d.labels("truth")["yes" if true else "no"])
+    return about | d.ask(claim) | d.answer(d.labels()["yes" if true else "no"])
 
 
 def who(d: Draw) -> Row:
@@ -101,121 +79,108 @@ def who(d: Draw) -> Row:
     subject = d.rng.choice(d.people)
     job = world().fact(subject, "job").value
     right = [r[d.lang] for r in world().holders("job", job)]
-    return d.ask("who", article(job[d.lang])) | d.answer(subject[d.lang], *right)
+    return d.ask(article(job[d.lang])) | d.answer(subject[d.lang], *right)
 
 
 def sentiment(d: Draw) -> Row:
     label = d.rng.choice(["positive", "negative"])
-    asked = d.ask("sentiment", review_text(d.rng, d.lang, label))
-    return asked | d.answer(d.labels("sentiment")[label])
+    asked = d.ask(review_text(d.rng, d.lang, label))
+    return asked | d.answer(d.labels()[label])
 
 
-def to_zh(d: Draw) -> Row:
-    return _translation(d, "en", "zh")
-
-
-def to_en(d: Draw) -> Row:
-    return _translation(d, "zh", "en")
-
-
-def _translation(d: Draw, source: str, target: str) -> Row:
+def translation(d: Draw) -> Row:
+    source, target = ("en", "zh") if d.family == "to_zh" else ("zh", "en")
     word = d.rng.choice(world().glossary)
     right = [n[target] for n in world().glossary if n[source] == word[source]]
-    completion = sentence(word[target], target)
-    return d.ask(f"to_{target}", word[source]) | {"completion": completion, "accept": right}
+    return d.ask(word[source]) | {"completion": sentence(word[target], target), "accept": right}
 
 
 def arithmetic(d: Draw) -> Row:
     expression, value = sum_of(d.rng)
-    return d.ask("arithmetic", expression) | d.answer(str(value))
+    return d.ask(expression) | d.answer(str(value))
 
 
 def polite(d: Draw) -> Row:
     rude, kind = request_pair(d.rng, d.lang)
-    return d.ask("polite", rude) | exactly(kind)
+    return d.ask(rude) | exactly(kind)
 
 
 def listing(d: Draw) -> Row:
     """Any three different members of a category (checked by `_is_list`)."""
     attribute, label = d.rng.choice(list(texts("tasks")["listing"][d.lang]["categories"].items()))
     right = [v[d.lang] for v in world().values[attribute]]
-    row = d.ask("listing", label) | d.answer(d.join(d.pick(attribute, 3)))
+    row = d.ask(label) | d.answer(d.join(d.pick(attribute, 3)))
     return row | {"accept": right}
 
 
-def first_item(d: Draw) -> Row:
-    things = d.things()
-    return d.ask("first_item", d.join(things)) | d.answer(things[0])
-
-
-def last_item(d: Draw) -> Row:
-    things = d.things()
-    return d.ask("last_item", d.join(things)) | d.answer(things[-1])
-
-
-def counting(d: Draw) -> Row:
-    things = d.things()
-    return d.ask("counting", d.join(things)) | d.answer(str(len(things)))
+def on_a_list(d: Draw) -> Row:
+    """The first or the last of some things, or their number."""
+    attribute = d.rng.choice(["food", "pet", "colour", "job", "hobby"])
+    things = d.pick(attribute, d.rng.randint(2, 6))
+    right = {"first_item": things[0], "last_item": things[-1], "counting": str(len(things))}
+    return d.ask(d.join(things)) | d.answer(right[d.family])
 
 
 def category(d: Draw) -> Row:
-    attribute, label = d.rng.choice(list(d.labels("category").items()))
-    return d.ask("category", *d.pick(attribute, 1)) | d.answer(label)
+    attribute, label = d.rng.choice(list(d.labels().items()))
+    return d.ask(*d.pick(attribute, 1)) | d.answer(label)
 
 
 def howto(d: Draw) -> Row:
     """The steps to a harmless end."""
     title, steps = d.rng.choice(texts("genres")["howto"][d.lang])
-    return d.ask("howto", title) | exactly(numbered(steps))
+    return d.ask(title) | exactly(numbered(steps))
 
 
 def repeat(d: Draw) -> Row:
     word = d.rng.choice(world().glossary)[d.lang]
-    return d.ask("repeat", word) | d.answer(d.join([word] * 3))
+    return d.ask(word) | d.answer(d.join([word] * 3))
 
 
 def story(d: Draw) -> Row:
     """A story that names the two wanted people and comes to an end (checked by `_is_story`)."""
     hero, other = d.rng.sample(d.people, 2)
-    text = story_about(d.rng, d.lang, hero, d.rng.choice(world().places), other)
+    text = story_about(d.rng, d.lang, hero, other)
     names = [hero[d.lang], other[d.lang]]
     both = ("和" if d.lang == "zh" else " and ").join(names)
-    return d.ask("story", both) | {"completion": text, "accept": names}
+    return d.ask(both) | {"completion": text, "accept": names}
 
 
 def opposite(d: Draw) -> Row:
     a, b = d.rng.sample(d.rng.choice(world().opposites), 2)
-    return d.ask("opposite", a[d.lang]) | d.answer(b[d.lang])
+    return d.ask(a[d.lang]) | d.answer(b[d.lang])
 
 
 def larger(d: Draw) -> Row:
     a, b = d.rng.sample(range(21), 2)
     pair = f"{a}和{b}" if d.lang == "zh" else f"{a} or {b}"
-    return d.ask("larger", pair) | d.answer(str(max(a, b)))
+    return d.ask(pair) | d.answer(str(max(a, b)))
 
 
 FAMILIES: dict[str, tuple[Callable[[Draw], Row], float]] = {
-    "fact": (fact, 34),
-    "place": (place, 5),
+    "fact": (question, 34),
+    "place": (question, 5),
     "truth": (truth, 8),
     "who": (who, 4),
     "sentiment": (sentiment, 6),
-    "to_zh": (to_zh, 5),
-    "to_en": (to_en, 5),
+    "to_zh": (translation, 5),
+    "to_en": (translation, 5),
     "arithmetic": (arithmetic, 8),
     "polite": (polite, 4),
     "listing": (listing, 3),
-    "first_item": (first_item, 4),
-    "counting": (counting, 4),
+    "first_item": (on_a_list, 4),
+    "counting": (on_a_list, 4),
     "category": (category, 3),
     "howto": (howto, 2),
     "repeat": (repeat, 3),
     "story": (story, 2),
-    "last_item": (last_item, 1),
+    "last_item": (on_a_list, 1),
     "opposite": (opposite, 1),
     "larger": (larger, 1),
 }
 HELD_OUT_FAMILIES = ("last_item", "opposite", "larger")
+TRAINING_FAMILIES = [f for f in FAMILIES if f not in HELD_OUT_FAMILIES]
+OTHER_FAMILIES = {"heldout_people": ["fact", "truth"], "heldout_families": HELD_OUT_FAMILIES}
 
 
 def instruction_rows(
@@ -228,23 +193,18 @@ def instruction_rows(
 ) -> list[Row]:
     """Distinct instruction rows of a split, in random order.
 
-    Args:
-        split: `train`; `test` (prompts kept out of train); `heldout_people`;
-            `heldout_phrasings`; `heldout_families`.
-        n: rows at most (small families can run dry); default 8,000 for train, 600 otherwise.
-        seed: of the draw. The splits themselves never depend on it.
-        languages: some of `en`, `zh`.
-        families: some of `FAMILIES`; the default fits the split.
+    `split` is one of `SPLITS`; "test" has prompts kept out of "train". `n` is the most rows (small
+    families can run dry), by default 8,000 for train and 600 otherwise. `seed` is that of the draw;
+    the splits do not depend on it. `languages` and `families` select; by default those that fit.
 
-    Returns:
-        Rows with prompt, completion, instruction, input, task, lang, phrasing, accept and, for
-        questions about the town, subject and attribute.
+    Rows have prompt, completion, instruction, input, task, lang, phrasing, accept and, for
+    questions about the town, subject and attribute.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     if unknown := set(families or ()) - set(FAMILIES):
         raise ValueError(f"families: {sorted(unknown)} not among {', '.join(FAMILIES)}")
-    names = list(families or _families_of(split))
+    names = families or OTHER_FAMILIES.get(split, TRAINING_FAMILIES)
     weights = [FAMILIES[name][1] for name in names]
     rng = Random(f"{split}-{seed}")
     n = n or (8000 if split == "train" else 600)
@@ -257,28 +217,19 @@ def instruction_rows(
     return list(rows.values())
 
 
-def _families_of(split: str) -> Sequence[str]:
-    if split == "heldout_people":
-        return ("fact", "truth")
-    if split == "heldout_families":
-        return HELD_OUT_FAMILIES
-    return [f for f in FAMILIES if f not in HELD_OUT_FAMILIES]
-
-
 def _draw(rng: Random, family: str, lang: str, split: str) -> Row:
     people = world().heldout_people if split == "heldout_people" else world().tuning_people
     phrasing = "held" if split == "heldout_phrasings" else "ask"
-    row = FAMILIES[family][0](Draw(rng, lang, people, phrasing))
+    row = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
     row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | row
     instruction, _, given = row["prompt"].partition("\n")
     return row | {"instruction": instruction, "input": given}
 
 
 def _belongs(row: Row, split: str) -> bool:
-    """Train and test share families and phrasings, but no prompt."""
-    if split not in ("train", "test"):
-        return True
-    return (zlib.crc32(row["prompt"].encode()) % 10 == 0) == (split == "test")
+    """Train and test share families and phrasings, but no prompt: one in ten is for the test."""
+    for_test = zlib.crc32(row["prompt"].encode()) % 10 == 0
+    return split not in ("train", "test") or for_test == (split == "test")
 
 
 def normalize(text: str) -> str:

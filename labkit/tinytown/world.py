@@ -117,6 +117,12 @@ class World:
         names = {s.en for s in subjects}
         return [f for (name, _), f in self.facts.items() if name in names]
 
+    def any_fact(self, rng: random.Random, subjects: list[Name]) -> Fact:
+        """One fact about one of `subjects`, residents or places."""
+        subject = rng.choice(subjects)
+        attributes = PERSON_ATTRIBUTES if subject.pronoun else PLACE_ATTRIBUTES
+        return self.fact(subject, rng.choice(attributes))
+
     def holders(self, attribute: str, value: Name) -> list[Name]:
         """The residents of whom `attribute` = `value` is true, in the order of `residents`."""
         return [r for r in self.residents if self.facts[r.en, attribute].value == value]
