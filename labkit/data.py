@@ -122,9 +122,8 @@ def _read(path: Path) -> list[Row]:
             options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
             with fsspec.open(str(path), "rt", **options) as file:
                 text = file.read()
-            tables = {"csv": ",", "tsv": "\t"}
-            read = partial(_table, delimiter=tables[kind]) if kind in tables else _lines
-            rows = list(_json(text) if kind == "json" else read(text))
+            readers = {"json": _json, "csv": _table, "tsv": partial(_table, delimiter="\t")}
+            rows = list(readers.get(kind, _lines)(text))
     except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
         raise ValueError(f"data: {path}: {error}") from error
     if not rows:
@@ -163,7 +162,7 @@ def _lines(text: str) -> Iterator[Row]:
             yield row
 
 
-def _table(text: str, delimiter: str) -> Iterator[Row]:
+def _table(text: str, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     names = reader.fieldnames or []
@@ -214,32 +213,29 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
-def _load_hub(
-    data: str, split: str, limit: int | None, seed: int, revision: str | None
-) -> list[Row]:
+def _load_hub(data: str, split: str, limit: Any, seed: int, revision: str | None) -> list[Row]:
     if data not in REGISTERED and not _HUB_ID.fullmatch(data):
         names = ["tinytown", *REGISTERED]
         near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(data, names, 1))
         raise ValueError(
-            f"data: expected {', '.join(names)}, owner/name or {_FILES}, got {data!r}{near}"
+            f"data: expected {', '.join(names)}, owner/name, a file, got {data!r}{near}"
         )
     hub, _, config = data.partition(":")
     entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
-    revision = revision or entry.revision
+    options = {"data_files": entry.files, "revision": revision or entry.revision}
     import datasets
 
     try:
-        sets = datasets.load_dataset(
-            entry.hub, entry.config, data_files=entry.files, revision=revision
-        )
+        sets = datasets.load_dataset(entry.hub, entry.config, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
-            f"data: {data!r} could not be loaded from the hub: {error!r:.300}"
+            f"data: {data!r} did not load from the hub: {error!r:.300}"
         ) from error
     rows, positions = _part(sets, split)
     # Published sets hold a few empty answers and conversations; one's own data must be right.
     rejected: list[str] | None = [] if data in REGISTERED else None
-    converted = convert(rows.select(_sample(positions, limit, seed)), f"{data} ({split})", rejected)
+    loaded = rows.select(_sample(positions, limit, seed))
+    converted = convert(loaded, f"{data} ({split}, as loaded)", rejected)
     if rejected:
         message = "%s: %d rows left out; the first: %s"
         logging.getLogger("labkit").warning(message, data, len(rejected), rejected[0])
@@ -247,7 +243,7 @@ def _load_hub(
 
 
 class Encoded(Sequence):
-    """Tokenized rows: a frozen sequence of `Example`s of token ids and masks (1 = loss)."""
+    """Tokenized rows: a sequence of `Example`s, of token ids and masks (1 = loss)."""
 
     def __init__(self, examples: Sequence[Example], truncated: int, max_length: int) -> None:
         self.examples, self.truncated, self.max_length = tuple(examples), truncated, max_length
