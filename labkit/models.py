@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,3 +375,21 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             tf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks the model for an attribute that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
+
+
+def load_adapter(model: Any, folder: str | Path) -> Any:
+    """`model` with the adapter that `save` or PEFT wrote to `folder`, in eval mode."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"folder: expected adapter_config.json, found none in {folder}")
+    from peft import PeftModel
+
+    with quiet_peft():
+        return PeftModel.from_pretrained(model, folder).eval()
