@@ -393,3 +393,23 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
 
     with quiet_peft():
         return PeftModel.from_pretrained(model, folder).eval()
+
+
+def base_model(model: Any) -> Any:
+    """The model itself, without the wrappers of PEFT and of several processes."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_float32_attention(model: Any) -> None:
+    from labkit import speed
+
+    speed.quicken_attention(base_model(model))
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    from labkit import speed
+
+    with speed.as_before(model):
+        yield
