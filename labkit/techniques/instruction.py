@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Annotated, Any, Literal
 
@@ -21,9 +22,10 @@ import torch
 from pydantic import Field
 
 from labkit import data, evaluation
-from labkit.batching import Example
+from labkit.batching import Example, pack
 from labkit.config import settings
 from labkit.formats import Row
+from labkit.logprobs import evaluating, response_logps
 from labkit.templates import ALPACA, response
 
 
@@ -83,3 +85,64 @@ def loss(
         "tokens": mask.sum(),
     }
     return value, {name: metric.item() for name, metric in found.items()}
+
+
+def encode(rows: list[Row], tokenizer: Any, config: InstructionConfig) -> data.Encoded:
+    """`data.encode`, then with the config's two switches applied."""
+    encoded = data.encode(rows, tokenizer, max_length=config.max_length, template=config.template)
+    stop = None if config.learn_end else -1
+    masks = (np.ones_like(mask) if config.learn_prompt else mask for _, mask in encoded)
+    pairs = zip(encoded, masks, strict=True)
+    return replace(encoded, examples=[Example(e.ids[:stop], mask[:stop]) for e, mask in pairs])
+
+
+def vary(
+    rows: list[Row],
+    count: int,
+    *,
+    languages: Iterable[str] | None = None,
+    families: Iterable[str] | None = None,
+    phrasings: int | None = None,
+) -> list[Row]:
+    """`count` rows of less variety: only these languages, families, or first phrasings of each.
+
+    Rows that remain are repeated until there are `count`, so that compared conditions train for
+    the same number of steps; fewer phrasings leave the mix of tasks and languages as it is. Needs
+    Tinytown's `lang`, `task` and `phrasing` columns, the last of a training split.
+    """
+    wanted = {"lang": set(languages or ()), "task": set(families or ())}
+    kept = [
+        r for r in rows if all(not some or r[column] in some for column, some in wanted.items())
+    ]
+    groups = defaultdict(list)
+    for row in kept:
+        if phrasings is None or int(row["phrasing"].removeprefix("ask")) < phrasings:
+            groups[row["task"], row["lang"]].append(row)
+    mix = [group for row in kept if (group := (row["task"], row["lang"])) in groups]
+    if not mix:
+        raise ValueError("rows: expected some of these languages, families, phrasings, got none")
+    turns = {group: cycle(members) for group, members in groups.items()}
+    return [next(turns[mix[i % len(mix)]]) for i in range(count)]
+
+
+def contains(row: Row, answer: str) -> bool:
+    """A lenient match: the right response is somewhere in `answer`, whatever surrounds it.
+
+    Free forms (lists, stories) must be right as a whole.
+    """
+    exact = bool(evaluation.score([row], [answer]).accuracy)
+    if exact or row.get("task") in ("listing", "story"):
+        return exact
+    text, edge = evaluation.normalize(answer), r"[a-z0-9]"
+    accepted = map(evaluation.normalize, row.get("accept", [response(row)]))
+    return any(re.search(f"(?<!{edge}){re.escape(right)}(?!{edge})", text) for right in accepted)
+
+
+@torch.no_grad()
+def end_probability(model: Any, encoded: Sequence[Example]) -> float:
+    """Mean probability of the last token of each example (the EOS) after the right response."""
+    device = next(model.parameters()).device
+    last = (Example(ids, np.arange(len(ids)) // (len(ids) - 1)) for ids, _ in encoded)
+    with evaluating(model):
+        logps = [response_logps(model, pack([e], packing=False).to(device)) for e in last]
+    return torch.cat(logps).exp().mean().item()
