@@ -155,7 +155,8 @@ def test_blocks_that_cross_rows_are_refused(tiny_model):
     right = q.dequantize(q.Quantized(packed, state.absmax), weight.shape, q.NF4, 64)
     assert (right - weight).abs().mean() < 0.08
     wrong = (functional.dequantize_4bit(packed, state) - weight).abs().mean()
-    assert wrong > 0.15, "bitsandbytes is right by now: the check has become needless"
+    if torch.cpu.get_capabilities().get("avx512_f"):  # where its own kernel runs
+        assert wrong > 0.15, "bitsandbytes is right by now: the check has become needless"
     for use in (qlora.attach, qlora.quantize_model):
         model = tiny_model()
         with pytest.raises(ValueError, match="block_size"):
