@@ -16,7 +16,7 @@ that train as well (Houlsby), AdapterFusion, adapters in parallel to a sublayer.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import peft
@@ -136,7 +136,7 @@ class BottleneckConfig(peft.PeftConfig):
         self.settings()
 
     def settings(self) -> AdapterConfig:
-        return AdapterConfig(self.bottleneck, self.placement, self.activation)  # type: ignore[arg-type]
+        return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
