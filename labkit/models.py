@@ -413,3 +413,8 @@ def unchanged(model: Any) -> Iterator[None]:
 
     with speed.as_before(model):
         yield
+
+
+def find_device(device: str = "auto") -> str:
+    """The name of the device that "auto" means; ValueError for one that is not here."""
+    return _device(device)

@@ -2,15 +2,14 @@
 
     h' = h + U f(D h + b) + c        D (m, d), U (d, m), m << d; at the start U = 0 and c = 0
 
-Houlsby et al. (2019) put one after the attention and one after the MLP of each layer; Pfeiffer
-et al. (2020) after the MLP only. Both act on what the sublayer gives, before it is added to the
-residual stream, and train 2 d m + d + m numbers each. Since U is zero a model starts as itself; the
-chapter leaves U random, which changes the model before it has learned anything. f stands between
-two matrices, so unlike LoRA an adapter cannot be merged and costs time at inference.
+Houlsby et al. (2019) put one after the attention and one after the MLP of each layer, Pfeiffer et
+al. (2020) after the MLP only; both before the sum with the residual stream. Since U is zero a model
+starts as itself; the chapter leaves U random, which changes the model before it has learned
+anything. f stands between two matrices, so an adapter cannot be merged and costs inference time.
 
-`Bottleneck` is the method to read. The last section makes it a method of PEFT, which then saves,
-loads, switches and trains it like its own, once this module is imported. Left out: layer norms
-that train as well (Houlsby), AdapterFusion, adapters in parallel to a sublayer.
+`Bottleneck` is the method to read. The last section makes it a method of PEFT, which saves, loads,
+switches and trains it like its own once this module is imported. Left out: layer norms that train
+as well (Houlsby), AdapterFusion, adapters in parallel to a sublayer.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ The standard procedure is `training.fit` on a model as it is. Here are the remed
     L = L_task + alpha · mean_i (p_i - p0_i)²        the L2-SP penalty, p0 the pretrained weights
 
 (Li, Grandvalet and Davoine 2018), replay of pretraining text among the examples, and frozen lower
-layers. The penalty is a mean over all N weights, not a sum as in the chapter, so that its value at
-a typical step away from p0, and with it alpha, is the same for small and large models: alpha here
-is N times the chapter's. A lower learning rate needs no code; for LoRA see `lora`. Left out:
-penalties weighted by importance (EWC) and distillation from the old model.
+layers. The penalty is a mean over all N weights, not a sum as in the chapter, so that the same alpha
+suits small and large models: it is N times the chapter's. A lower learning rate needs no code. Left
+out: penalties weighted by importance (EWC) and distillation from the old model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from labkit.config import Natural, NonNegative, Share, settings
 
@@ -28,10 +27,9 @@ from labkit.config import Natural, NonNegative, Share, settings
 class FullConfig:
     """What trains and what holds it back; the defaults are plain full fine-tuning.
 
-    `alpha`: weight of the penalty. `replay`: share of pretraining text among all examples.
-    `frozen_layers`: how many of the lowest layers are frozen; `frozen_embeddings`: whether the
-    input embedding is (with it a tied head). `reference_dtype`: "same", or "bfloat16", which
-    keeps p0 in half the memory.
+    `alpha` weighs the penalty, `replay` is the share of pretraining text among all examples.
+    Frozen are the `frozen_layers` lowest layers, with `frozen_embeddings` the input embedding (and a
+    tied head). `reference_dtype` "bfloat16" keeps p0 in half the memory.
     """
 
     alpha: NonNegative = 0.0
@@ -41,9 +39,7 @@ class FullConfig:
     reference_dtype: Literal["same", "bfloat16"] = "same"
 
 
-def reference_weights(
-    model: nn.Module, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
+def reference_weights(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Detached copies of the weights that train, by name, each on the device of its weight.
 
     `dtype` stores them in fewer bytes. What rounding changes is a penalty from the start, unless
@@ -53,7 +49,7 @@ def reference_weights(
     return {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in trained}
 
 
-def l2_sp(model: nn.Module, reference: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def l2_sp(model: nn.Module, reference: Mapping[str, Tensor]) -> Tensor:
     """mean_i (p_i - p0_i)² over all N weights named in `reference`: a float32 scalar.
 
     Its gradient is 2 (p - p0) / N. Raises ValueError for a weight the model does not have.
@@ -66,15 +62,15 @@ def l2_sp(model: nn.Module, reference: Mapping[str, torch.Tensor]) -> torch.Tens
     return torch.stack(squares).sum() / sum(p0.numel() for p0 in reference.values())
 
 
-def penalty(model: nn.Module, config: FullConfig) -> Callable[[nn.Module], torch.Tensor] | None:
+def penalty(model: nn.Module, config: FullConfig) -> Callable[[nn.Module], Tensor] | None:
     """alpha · L2-SP towards the weights that `model` has now, for `training.fit(extra_loss=…)`.
 
     None where alpha is 0, so that no copy is made.
     """
     if config.alpha == 0:
         return None
-    dtype = torch.bfloat16 if config.reference_dtype == "bfloat16" else None
-    reference = reference_weights(model, dtype)
+    half = config.reference_dtype == "bfloat16"
+    reference = reference_weights(model, torch.bfloat16 if half else None)
     return lambda current: config.alpha * l2_sp(current, reference)
 
 
@@ -102,9 +98,7 @@ def layers(model: Any) -> list[nn.Module]:
     raise ValueError(f"model: expected a list of {depth} layers in a {type(model).__name__}")
 
 
-def mix_replay(
-    rows: Sequence[dict], texts: Sequence[str], share: float, seed: int = 0
-) -> list[dict]:
+def mix_replay(rows: Sequence[dict], texts: Sequence[str], share: float, seed: int = 0) -> list:
     """All of `rows` and so many of `texts` as {"text": …} that these are `share` of the mixture.
 
     Rounded to whole rows, drawn without replacement, shuffled by `seed`. A text carries loss on

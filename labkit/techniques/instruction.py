@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import cycle
 from typing import Annotated, Any, Literal
 
@@ -31,29 +30,20 @@ from labkit.templates import ALPACA, response
 
 @settings
 class InstructionConfig:
-    """What a row becomes before training.
+    """What a row becomes: `template` is one of `data.TEMPLATES`, `max_length` counts tokens.
 
-    `template` is one of `data.TEMPLATES`, `max_length` counts tokens. The chapter's loop (5.5.2)
-    is `learn_prompt=True, learn_end=False`: it learns to write questions too, and never to stop.
+    The chapter's loop (5.5.2) is `learn_prompt=True, learn_end=False`: it learns to write
+    questions too, and never to stop.
     """
 
-    template: str = "auto"
+    template: Annotated[str, Field(pattern=f"^({'|'.join(data.TEMPLATES)})$")] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 256
     learn_prompt: bool = False
     learn_end: bool = True
 
-    def __post_init__(self) -> None:
-        if self.template not in data.TEMPLATES:
-            raise ValueError(
-                f"template: expected one of {[*data.TEMPLATES]}, got {self.template!r}"
-            )
-
 
 def format_alpaca(instruction: str, given: str = "", language: Literal["en", "zh"] = "en") -> str:
-    """The prompt of the chapter's template (5.4.2), up to where the response begins.
-
-    The response is no part of it: appended and tokenized apart, it can be told from the prompt.
-    """
+    """The prompt of the chapter's template (5.4.2), up to where the response begins."""
     form = ALPACA[f"{language}_input" if given.strip() else language]
     return form.format(instruction=instruction, input=given)
 
@@ -69,9 +59,8 @@ def loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Mean negative log-likelihood of the response tokens, in nats, and metrics.
 
-    logits: (B, T, V); input_ids and response_mask: (B, T), mask 1 = keep. The logits at t predict
-    the token at t + 1, so the first token of a sequence is never scored. Metrics: `perplexity`,
-    `token_accuracy` (share of response tokens that are the most probable one), `tokens`.
+    logits (B, T, V), input_ids and response_mask (B, T), 1 = keep. The logits at t predict token
+    t + 1, so the first is never scored. `token_accuracy`: the most probable token is right.
     """
     mask, targets = response_mask[:, 1:].bool(), input_ids[:, 1:]
     if not mask.any():
@@ -93,7 +82,8 @@ def encode(rows: list[Row], tokenizer: Any, config: InstructionConfig) -> data.E
     stop = None if config.learn_end else -1
     masks = (np.ones_like(mask) if config.learn_prompt else mask for _, mask in encoded)
     pairs = zip(encoded, masks, strict=True)
-    return replace(encoded, examples=[Example(e.ids[:stop], mask[:stop]) for e, mask in pairs])
+    examples = [Example(e.ids[:stop], mask[:stop]) for e, mask in pairs]
+    return data.Encoded(examples, encoded.truncated, encoded.max_length)
 
 
 def vary(
@@ -106,9 +96,8 @@ def vary(
 ) -> list[Row]:
     """`count` rows of less variety: only these languages, families, or first phrasings of each.
 
-    Rows that remain are repeated until there are `count`, so that compared conditions train for
-    the same number of steps; fewer phrasings leave the mix of tasks and languages as it is. Needs
-    Tinytown's `lang`, `task` and `phrasing` columns, the last of a training split.
+    Those are repeated up to `count`, so that compared conditions train for as many steps; fewer
+    phrasings keep the mix of tasks and languages. Needs Tinytown's columns of a training split.
     """
     wanted = {"lang": set(languages or ()), "task": set(families or ())}
     kept = [
@@ -126,10 +115,7 @@ def vary(
 
 
 def contains(row: Row, answer: str) -> bool:
-    """A lenient match: the right response is somewhere in `answer`, whatever surrounds it.
-
-    Free forms (lists, stories) must be right as a whole.
-    """
+    """Lenient match: the right response is somewhere in `answer`; lists and stories must equal."""
     exact = bool(evaluation.score([row], [answer]).accuracy)
     if exact or row.get("task") in ("listing", "story"):
         return exact

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,11 +23,6 @@ from labkit import models
 from labkit.config import Count, Positive, Share, settings
 
 ALL = "all-linear"
-
-
-def _split(targets: Any) -> Any:
-    names = targets.split(",") if isinstance(targets, str) else targets
-    return ALL if targets == ALL else tuple(name.strip() for name in names if name.strip())
 
 
 @settings
@@ -41,7 +36,7 @@ class LoraConfig:
     rank: Count = 8
     alpha: Positive = 16.0
     dropout: Share = 0.0
-    targets: Annotated[str | tuple[str, ...], BeforeValidator(_split), Field(min_length=1)] = ALL
+    targets: Annotated[str | tuple[str, ...], Field(min_length=1)] = ALL
 
 
 class LoRALinear(nn.Module):
@@ -108,7 +103,8 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
         return {name: layer for name, layer in linear.items() if layer is not head}
     embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     chosen: set[str] = set()
-    for target in targets:
+    for target in targets.split(",") if isinstance(targets, str) else targets:
+        target = target.strip()
         names = {name for name in known if f".{name}".endswith(f".{target}")}
         if not names or any(n not in linear or linear[n].weight is embedding for n in names):
             ends = sorted({name.rpartition(".")[2] for name in linear})
@@ -170,8 +166,8 @@ def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
 def attach(model: Any, config: LoraConfig) -> Any:
     """`model` as a PEFT model with the same adapters as `inject`; only they train.
 
-    PEFT gets the names of the layers: its own "all-linear" takes other ones where experts are
-    stored as parameters. Raises the same errors, before PEFT is imported.
+    PEFT gets the layers by name: its own "all-linear" takes other ones in mixtures of experts.
+    Raises the same errors, before PEFT is imported.
     """
     found = find_targets(model, config.targets)
     from peft import LoraConfig as PeftConfig
@@ -181,7 +177,7 @@ def attach(model: Any, config: LoraConfig) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(found) if config.targets == ALL else list(config.targets),
+        target_modules=list(found),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in found.values()),
         task_type="CAUSAL_LM",
     )

@@ -132,7 +132,7 @@ def _linear4bit(layer: nn.Module, config: QloraConfig, device: Any) -> nn.Module
 
     weight = _out_in(layer)
     with torch.device("meta"):
-        new = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=weight.dtype)
+        new = bnb.nn.Linear4bit(*weight.T.shape, False, weight.dtype)
     new.weight = bnb.nn.Params4bit(weight, module=new, **_options(config)).to(device)
     new.bias, new.source_cls = layer.bias, type(layer)
     return new
@@ -171,9 +171,11 @@ def load(
     `dtype` is of all else and of the computation. If the file has it too, the host maps the
     weights from there and keeps no copy. Other options and errors as in `models.load`.
     """
-    target = models._device(device)
-    kind = str(models._dtype(dtype, target)).removeprefix("torch.")
-    network, tokenizer = models.load(model, device="cpu", dtype=kind, **options)
+    target = models.find_device(device)
+    if dtype == "auto":  # nothing of it trains, so half precision costs nothing
+        half = target.startswith("cuda") and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if half else "float32"
+    network, tokenizer = models.load(model, device="cpu", dtype=dtype, **options)
     return quantize_model(network, config, target), tokenizer
 
 
