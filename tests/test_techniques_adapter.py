@@ -223,18 +223,6 @@ def test_a_fresh_process_loads_it(tiny_model, tiny_tokenizer, tiny_folder, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_generation_through_the_cache(tiny_model):
-    tuned = randomize(adapter.attach(tiny_model(), SMALL)).eval()
-    found, ids = (
-        tuned.generate(input_ids=IDS, max_new_tokens=6, do_sample=False, eos_token_id=-1),
-        IDS,
-    )
-    for _ in range(6):
-        following = tuned(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, following], dim=1)
-    assert torch.equal(found, ids)
-
-
 def test_training_moves_the_adapters_only_and_resumes(tiny_model, tmp_path):
     found = []
     for extra in (dict(save_steps=4), dict(resume=str(tmp_path))):

@@ -131,8 +131,9 @@ def _linear4bit(layer: nn.Module, config: QloraConfig, device: Any) -> nn.Module
     import bitsandbytes as bnb
 
     weight = _out_in(layer)
+    out, width = weight.shape
     with torch.device("meta"):
-        new = bnb.nn.Linear4bit(*weight.T.shape, False, weight.dtype)
+        new = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=weight.dtype)
     new.weight = bnb.nn.Params4bit(weight, module=new, **_options(config)).to(device)
     new.bias, new.source_cls = layer.bias, type(layer)
     return new
