@@ -374,3 +374,19 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             tf_logging.enable_progress_bar()
+
+
+def base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def unchanged(model: Any) -> Any:
+    from labkit.speed import as_before
+
+    return as_before(model)
+
+
+def use_float32_attention(model: Any) -> None:
+    from labkit.speed import quicken_attention
+
+    quicken_attention(model)

@@ -198,3 +198,11 @@ def _end(tokenizer: Any) -> str:
         raise ValueError("tokenizer: expected an end token (eos_token), got none; set one, or the "
                          "model never learns to stop")  # fmt: skip
     return tokenizer.eos_token
+
+
+def eos_ids(tokenizer: Any, template: str = "auto") -> set[int]:
+    """The token ids that end a response under this template."""
+    if template in ("auto", "chat") and tokenizer.chat_template:
+        end = tokenizer(_answer_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+        return {tokenizer.eos_token_id, *end[-1:]}
+    return {tokenizer.eos_token_id}
