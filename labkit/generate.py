@@ -2,11 +2,10 @@
 
     x_t = min {i : sum over j <= i of p(j | x_<t) > u_t}        u_t uniform in [0, 1)
 
-This inverts the cumulative distribution, so an example depends on its own u and on no other
-example. Batches can be cut in any way, examples that have ended leave their batch, and several
-processes can share the work: the samples stay the same, up to the rounding of the
-probabilities. Temperature 0 takes the most probable token. Sampling is pure: of the model's own
-generation settings only the EOS tokens count. Left out: top-k, top-p, streaming, beam search.
+This inverts the cumulative distribution, so an example depends on its own u only. Batches can be
+cut in any way, examples that have ended leave theirs, several processes can share the work: the
+samples stay the same, up to rounding. Temperature 0 takes the most probable token. Of the model's
+own generation settings only the EOS tokens count. Left out: top-k, top-p, beam search.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ log = logging.getLogger("labkit")
 # To learn whether examples have ended, the host must wait for a GPU; on a CPU it costs nothing.
 STEPS_BETWEEN_CHECKS = {"cpu": 1}
 WORTH_DROPPING = 0.2  # share of a batch that must have ended before the others are copied together
-# From a mask of zeros and ones the model builds its own at every token, and the host waits again.
-TAKES_FULL_MASK = ("gemma", "gpt2", "llama", "mistral", "qwen2")  # tried, without windows
+# From a mask of zeros and ones the model makes its own at every token, and a GPU's host waits.
 FULL_MASK = {"cpu": False}
+TAKES_FULL_MASK = ("gemma", "gpt2", "llama", "mistral", "qwen2")  # tried, without windows
 
 
 @torch.no_grad()
@@ -53,16 +52,15 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 256,
 ) -> list[list[int]]:
-    """Token ids of a response to each prompt, up to and with its EOS, if it has one.
+    """Token ids of a response to each prompt, up to and with its EOS (of `ends`), if it has one.
 
-    `uniforms` is (prompts, max_new_tokens) in [0, 1), by default new random numbers; `ends` are
-    the EOS tokens. Prompts of similar length share a batch, padded on the left. Dropout is off,
-    and each module's mode is afterwards what it was. Raises ValueError for settings out of range.
+    `uniforms` is (prompts, max_new_tokens) in [0, 1), by default new random numbers. Prompts of
+    similar length share a batch, padded on the left. Dropout is off. Raises ValueError.
     """
     if max_new_tokens < 1 or batch_size < 1 or not temperature >= 0:
+        given = f"{max_new_tokens}, {batch_size}, {temperature}"
         raise ValueError(
-            "expected max_new_tokens and batch_size from 1 and a temperature from 0 (greedy), got "
-            f"{max_new_tokens}, {batch_size} and {temperature}"
+            f"max_new_tokens, batch_size, temperature: expected 1, 1, 0 up, got {given}"
         )
     if uniforms is None:
         uniforms = np.random.default_rng().random((len(ids), max_new_tokens))
@@ -73,9 +71,10 @@ def sample(
             batch = order[start : start + batch_size]
             u = torch.from_numpy(uniforms[batch]).to(model.device)
             tokens = _sample_batch(model, [ids[i] for i in batch], u, ends, temperature)
-            for i, response in zip(batch, tokens.tolist(), strict=True):
-                stop = next((t + 1 for t, x in enumerate(response) if x in ends), max_new_tokens)
-                responses[i] = response[:stop]
+            for i, found in zip(batch, tokens.tolist(), strict=True):
+                responses[i] = found[
+                    : next((t + 1 for t, x in enumerate(found) if x in ends), None)
+                ]
     return responses
 
 
@@ -94,67 +93,59 @@ def invert(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor
 def _sample_batch(
     model: Any, prompts: list[Sequence[int]], uniforms: Tensor, ends: set[int], temperature: float
 ) -> Tensor:
-    """Sampled tokens (B, T); those after an EOS are arbitrary."""
-    count, length, device = *uniforms.shape, model.device
+    """Tokens (B, T); those after an EOS are arbitrary."""
+    count, length = uniforms.shape
     forward, cache, virtual = _begin(model, count)
     accepted = inspect.signature(models.base_model(model).forward).parameters
-    check_every = STEPS_BETWEEN_CHECKS.get(device.type, 16)
-    full = FULL_MASK.get(device.type, True) and _takes_full_mask(model)
-    new, real = (x.to(device) for x in _left_padded(prompts))  # ids that the cache does not hold
-    real = torch.cat([real.new_ones(count, virtual), real, real.new_ones(count, length)], 1)
+    full = FULL_MASK.get(model.device.type, True) and _takes_full_mask(model)
+    width = max(map(len, prompts))  # what stands under padding is never seen
+    new = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts]).to(model.device)
+    real = new.new_ones(count, virtual + width + length)
+    for row, ids in enumerate(prompts):
+        real[row, virtual : virtual + width - len(ids)] = 0
     positions = (real.cumsum(1) - 1).clamp(min=0)  # count real tokens only
-    last = torch.tensor(sorted(ends), dtype=torch.long, device=device)
-    tokens, running = new.new_zeros(count, length), torch.arange(count, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    for t in range(length):
-        end = real.shape[1] - length + t
+    last = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
+    tokens, rows = new.new_zeros(count, length), torch.arange(count, device=model.device)
+    ended = rows < 0
+    for t, end in enumerate(range(virtual + width, real.shape[1])):
         mask = full_mask(real[:, :end], new.shape[1]) if full else real[:, :end]
         inputs = {"input_ids": new, "attention_mask": mask, "use_cache": cache is not None}
         optional = {"position_ids": positions[:, end - new.shape[1] : end], "logits_to_keep": 1}
         inputs |= {name: value for name, value in optional.items() if name in accepted}
-        inputs |= {} if cache is None else {"past_key_values": cache}
+        inputs |= {"past_key_values": cache} if cache is not None else {}
         drawn = invert(forward(**inputs).logits[:, -1], uniforms[:, t], temperature)
-        tokens[running, t] = drawn
+        tokens[rows, t] = drawn
         new = drawn[:, None] if cache is not None else torch.cat([new, drawn[:, None]], 1)
         ended |= torch.isin(drawn, last)
-        if (t + 1) % check_every == 0:
-            going = (~ended).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            if len(going) <= (1 - WORTH_DROPPING) * len(running):
-                if cache is not None:
-                    cache.reorder_cache(going)
-                new, real, positions, uniforms, running, ended = (
-                    x[going] for x in (new, real, positions, uniforms, running, ended)
-                )
+        if (t + 1) % STEPS_BETWEEN_CHECKS.get(model.device.type, 16):
+            continue
+        going = (~ended).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) <= (1 - WORTH_DROPPING) * len(rows):
+            state = (new, real, positions, uniforms, rows, ended)
+            new, real, positions, uniforms, rows, ended = (x[going] for x in state)
+            if cache is not None:
+                cache.reorder_cache(going)
     return tokens
 
 
 def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
-    """What to call, its KV cache (none for Mamba and its like), and the tokens already in there.
+    """What to call, its KV cache (none for Mamba), and the virtual tokens that it holds already.
 
-    PEFT puts a soft prompt or prefix in at every call; here it is read once.
+    PEFT would put a soft prompt or prefix in front at every call; here it is read once.
     """
-    base = models.base_model(model)
+    base: Any = models.base_model(model)
+    settings: Any = getattr(model, "active_peft_config", None)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         return model, None, 0
-    settings = getattr(model, "active_peft_config", None)
     if not getattr(settings, "is_prompt_learning", False):
         return model, DynamicCache(config=base.config), 0
-    prompt = model.get_prompt(count)
-    if isinstance(prompt, Tensor):
-        cache = DynamicCache(config=base.config)
-        base(inputs_embeds=prompt.to(base.dtype), past_key_values=cache, use_cache=True)
-        prompt = cache
-    return base, prompt, settings.num_virtual_tokens
-
-
-def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (1 = token), both (B, T); what stands under padding is never seen."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    cache = model.get_prompt(count)
+    if isinstance(cache, Tensor):
+        inputs, cache = {"inputs_embeds": cache.to(base.dtype)}, DynamicCache(config=base.config)
+        base(**inputs, past_key_values=cache, use_cache=True)
+    return base, cache, settings.num_virtual_tokens
 
 
 def full_mask(real: Tensor, queries: int) -> Tensor:
@@ -169,10 +160,10 @@ def full_mask(real: Tensor, queries: int) -> Tensor:
 
 def _takes_full_mask(model: Any) -> bool:
     config = models.base_model(model).config
-    plain = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
-    windows = getattr(config, "sliding_window", None) is not None or not plain
-    known = config.model_type in TAKES_FULL_MASK and not windows
-    return known and config._attn_implementation == "sdpa"
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    windows = getattr(config, "sliding_window", None) is not None or kinds - {"full_attention"}
+    sdpa = config._attn_implementation == "sdpa"
+    return sdpa and not windows and config.model_type in TAKES_FULL_MASK
 
 
 @contextlib.contextmanager
@@ -197,7 +188,7 @@ def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
 
 def texts(tokenizer: Any, responses: Sequence[Sequence[int]], ends: set[int]) -> list[str]:
     """Token ids as texts, without EOS and special tokens."""
-    kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in responses]
+    kept = [ids[:-1] if ids[-1] in ends else ids for ids in responses]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
@@ -213,43 +204,34 @@ def generate(
 ) -> list[str]:
     """One response to each prompt, a final string: no template and no special token is added.
 
-    Prompts too long for the model's context lose their beginning, counted in a warning. Raises
-    ValueError for a prompt without tokens, or no context left for one.
+    Prompts too long for the model's context lose their beginning, with a warning. Raises
+    ValueError for a prompt without a token, and for `max_new_tokens` beyond the context.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
-    ids = _fit_context(model, _tokens(tokenizer, prompts), max_new_tokens)
-    uniforms = np.random.default_rng(seed).random((len(ids), max_new_tokens))
-    ends = eos_ids(model, tokenizer)
+    ids, capacity = _tokens(tokenizer, prompts), _capacity(model, max_new_tokens)
+    if cut := sum(len(prompt) > capacity for prompt in ids):
+        log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
+    ids, ends = [prompt[-capacity:] for prompt in ids], eos_ids(model, tokenizer)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    replies = sample(model, ids, ends=ends, uniforms=uniforms, batch_size=batch_size, **options)
-    return texts(tokenizer, replies, ends)
+    options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
+    return texts(tokenizer, sample(model, ids, ends=ends, batch_size=batch_size, **options), ends)
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    if not prompts:
-        return []
-    ids = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
-    for number, tokens in enumerate(ids, 1):
-        if not tokens:
-            raise ValueError(f"prompts: prompt {number} is empty; expected at least one token")
+    options = {"add_special_tokens": False, "verbose": False}
+    ids = tokenizer(list(prompts), **options)["input_ids"] if prompts else []
+    if [] in ids:
+        raise ValueError(f"prompts: prompt {ids.index([]) + 1}: expected a token or more, got none")
     return ids
 
 
-def _fit_context(model: Any, ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _capacity(model: Any, max_new_tokens: int) -> int:
+    """Tokens of the context that are left to a prompt."""
     capacity = (models.context_length(model) or sys.maxsize) - max_new_tokens
     if capacity < 1:
-        raise ValueError(
-            f"max_new_tokens: expected less than the model's context of "
-            f"{capacity + max_new_tokens} tokens, got {max_new_tokens}"
-        )
-    if cut := sum(len(tokens) > capacity for tokens in ids):
-        log.warning(
-            "%d of %d prompts are longer than %d tokens (the model's context less %d new ones): "
-            "their beginning is cut",
-            *(cut, len(ids), capacity, max_new_tokens),
-        )
-    return [tokens[-capacity:] for tokens in ids]
+        raise ValueError(f"max_new_tokens: {max_new_tokens} leave the context no prompt")
+    return capacity
 
 
 @dataclass(frozen=True)
@@ -274,25 +256,18 @@ def encode_prompts(
         raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
     render, rows = templates.renderer(tokenizer, template), []
     for number, given in enumerate(prompts, 1):
-        row = {"prompt": given} if isinstance(given, str) else given
-        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
-            raise ValueError(
-                f"prompts: prompt {number}: expected a text or a row with 'prompt' or 'messages', "
-                f"got {given!r}"
-            )
-        rows.append(row)
+        rows.append({"prompt": given} if isinstance(given, str) else given)
+        if not isinstance(rows[-1], dict) or not {"prompt", "messages"} & set(rows[-1]):
+            raise ValueError(f"prompts: prompt {number}: expected text or a row, got {given!r}")
     contents = [row["prompt"] if "prompt" in row else templates.turns(row) for row in rows]
-    rendered = [
-        render({**row, "prompt": content, "completion": ""})[0]
-        for row, content in zip(rows, contents, strict=True)
-    ]
-    ids = _tokens(tokenizer, rendered)
-    capacity = (models.context_length(model) or sys.maxsize) - max_new_tokens
+    asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
+    rendered = [render(row)[0] for row in asked]
+    ids, capacity = _tokens(tokenizer, rendered), _capacity(model, max_new_tokens)
     for number, tokens in enumerate(ids, 1):
         if len(tokens) > capacity:
             raise ValueError(
                 f"prompts: prompt {number}: expected at most {capacity} tokens (the model's "
-                f"context less {max_new_tokens} new ones), got {len(tokens)}"
+                f"context less max_new_tokens), got {len(tokens)}"
             )
     return [Prompt(*fields) for fields in zip(rows, contents, rendered, ids, strict=True)]
 
@@ -314,11 +289,10 @@ def responses(
     probabilities do.
     """
     encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens)
-    ids = [prompt.ids for prompt in encoded for _ in range(each)]
-    uniforms = np.random.default_rng(seed).random((len(ids), max_new_tokens))
-    ends = eos_ids(model, tokenizer, template)
+    ids, ends = [p.ids for p in encoded for _ in range(each)], eos_ids(model, tokenizer, template)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    found = texts(tokenizer, sample(model, ids, ends=ends, uniforms=uniforms, **options), ends)
+    options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
+    found = texts(tokenizer, sample(model, ids, ends=ends, **options), ends)
     return [found[i : i + each] for i in range(0, len(found), each)]
 
 
@@ -336,16 +310,16 @@ def generate_server(
 ) -> list[str]:
     """One response to each prompt from an OpenAI-compatible server, `concurrency` at a time.
 
-    `base_url` is, for example, http://localhost:8000/v1; the key is read from the environment
-    variable `api_key_env`, and sent only if set. `timeout` is in seconds per request. Raises
-    ValueError for another kind of address, ConnectionError for an answer that cannot be used.
+    `base_url` is for example http://localhost:8000/v1, `timeout` in seconds per request. The key
+    is read from the environment variable `api_key_env` and sent only if set. Raises ValueError
+    for another kind of address, ConnectionError for an answer that cannot be used.
     """
     if isinstance(prompts, str) or not base_url.startswith(("http://", "https://")):
-        raise ValueError(f"expected a list of prompts, a base_url with http, got {base_url!r}")
+        raise ValueError(f"expected a list of prompts, and a base_url of http, got {base_url!r}")
     url = base_url.rstrip("/").removesuffix("/v1") + "/v1/completions"
     body = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature}
     body |= {} if seed is None else {"seed": seed}
-    key, pool = os.environ.get(api_key_env), ThreadPoolExecutor(max(1, concurrency))
+    key, pool = os.environ.get(api_key_env), ThreadPoolExecutor(concurrency)
     try:
         jobs = [pool.submit(_post, url, {**body, "prompt": p}, key, timeout) for p in prompts]
         return [job.result() for job in jobs]
@@ -356,7 +330,7 @@ def generate_server(
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another host."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: Any) -> None:
         return None
 
 
