@@ -377,16 +377,20 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def base_model(model: Any) -> Any:
+    """The model itself, without the wrappers of PEFT and of several processes."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def unchanged(model: Any) -> Any:
-    from labkit.speed import as_before
-
-    return as_before(model)
-
-
 def use_float32_attention(model: Any) -> None:
-    from labkit.speed import quicken_attention
+    from labkit import speed
 
-    quicken_attention(model)
+    speed.quicken_attention(base_model(model))
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    from labkit import speed
+
+    with speed.as_before(model):
+        yield
