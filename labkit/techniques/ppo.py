@@ -25,6 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -365,7 +366,7 @@ def train(
             chosen, seed = [encoded[i] for i in numbers], (config.seed, SAMPLING, step)
             sampled = rollouts.collect(policy, tokenizer, chosen, reward, config, seed)
             metrics, stopped = _step(wrapped, sampled, step, config, optimizer, state)
-            rollouts.on_all_ranks(lambda found=(sampled, metrics): finish(*found))
+            rollouts.on_all_ranks(partial(finish, sampled, metrics))
             if stopped:
                 break
     notes = tuple(f"step {step}: {remark}" for remark, step in state["notes"].items())
