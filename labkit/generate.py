@@ -10,7 +10,6 @@ own generation settings only the EOS tokens count. Left out: top-k, top-p, beam 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
@@ -18,7 +17,7 @@ import os
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from labkit import models, templates
+from labkit.logprobs import evaluating, has_soft_prompt
 from labkit.templates import Row
 
 log = logging.getLogger("labkit")
@@ -66,7 +66,7 @@ def sample(
         uniforms = np.random.default_rng().random((len(ids), max_new_tokens))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     responses: list[list[int]] = [[]] * len(ids)
-    with eval_mode(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             u = torch.from_numpy(uniforms[batch]).to(model.device)
@@ -139,7 +139,7 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
     settings: Any = getattr(model, "active_peft_config", None)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         return model, None, 0
-    if not getattr(settings, "is_prompt_learning", False):
+    if not has_soft_prompt(model):
         return model, DynamicCache(config=base.config), 0
     cache = model.get_prompt(count)
     if isinstance(cache, Tensor):
@@ -164,18 +164,6 @@ def _takes_full_mask(model: Any) -> bool:
     windows = getattr(config, "sliding_window", None) is not None or kinds - {"full_attention"}
     sdpa = config._attn_implementation == "sdpa"
     return sdpa and not windows and config.model_type in TAKES_FULL_MASK
-
-
-@contextlib.contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout is off inside; each module gets its own mode back: a frozen part may differ."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
@@ -245,20 +233,27 @@ class Prompt:
 
 
 def encode_prompts(
-    prompts: Sequence[Row | str], model: Any, tokenizer: Any, template: str, max_new_tokens: int
+    prompts: Sequence[Prompt | Row | str],
+    model: Any,
+    tokenizer: Any,
+    template: str,
+    max_new_tokens: int,
 ) -> list[Prompt]:
-    """Texts, or rows with `prompt` or `messages`, in their template.
+    """Texts, or rows with `prompt` or `messages`, in their template; `Prompt`s stay as they are.
 
     Raises ValueError, with its number, for a prompt of another kind, one without a token, and
     one that leaves less than `max_new_tokens` of the model's context to a response.
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
+    if len(done := [prompt for prompt in prompts if isinstance(prompt, Prompt)]) == len(prompts):
+        return done
     render, rows = templates.renderer(tokenizer, template), []
     for number, given in enumerate(prompts, 1):
-        rows.append({"prompt": given} if isinstance(given, str) else given)
-        if not isinstance(rows[-1], dict) or not {"prompt", "messages"} & set(rows[-1]):
+        row = {"prompt": given} if isinstance(given, str) else given
+        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
             raise ValueError(f"prompts: prompt {number}: expected text or a row, got {given!r}")
+        rows.append(row)
     contents = [row["prompt"] if "prompt" in row else templates.turns(row) for row in rows]
     asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
     rendered = [render(row)[0] for row in asked]

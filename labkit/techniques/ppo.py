@@ -18,10 +18,7 @@ accelerate) learn what one would. Left out: sharded weights, gradient checkpoint
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,8 +31,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from labkit import checkpoints, models
@@ -44,16 +39,25 @@ from labkit.config import Count, Natural, NonNegative, Positive, Probability, se
 from labkit.generate import encode_prompts
 from labkit.logprobs import masked_mean, masked_whiten
 from labkit.progress import Line
-from labkit.techniques import rollout as rollouts
-from labkit.techniques.rollout import PolicyWithValue, Reward, Rollout
+from labkit.techniques.rollout import (
+    PolicyWithValue,
+    Reward,
+    Rollout,
+    batch_indices,
+    check_processes,
+    local_shard,
+    mean_over_ranks,
+    minibatches,
+    on_all_ranks,
+    rollout,
+)
 from labkit.templates import Row
 from labkit.training import check_finite
 
 logger = logging.getLogger("labkit")
 
-SAMPLING, SHUFFLING, DRAWING = range(3)  # what random numbers are for
+SHUFFLING, DRAWING = 1, 2  # what random numbers are for; `rollout` has 0
 FREE = ("resume", "save_steps", "sampling_batch", "kl_limit")  # may change when a run is resumed
-WEIGHTS = "state.safetensors"  # weights and moments; the rest of the state is in its header
 
 
 @settings
@@ -145,14 +149,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages
 
 
-def advantages_and_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Whitened advantages, and A + V before whitening: what the values should have been."""
-    advantages = gae(rewards, values, mask, gamma, lam)
-    return masked_whiten(advantages, mask), (advantages + values).masked_fill(~mask, 0.0)
-
-
 def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> Tensor:
@@ -208,29 +204,9 @@ def adapted(beta: float, kl: float, target: float, episodes: int, horizon: int) 
 # The loop: sample, score, learn. Each process does its share of every minibatch.
 
 
-def rollout(
-    policy: PolicyWithValue,
-    tokenizer: Any,
-    prompts: Sequence[Row | str],
-    reward: Reward,
-    config: PPOConfig,
-    step: int = 0,
-) -> Rollout:
-    """A response to each prompt, its reward, and its tokens' scores; see `rollout.collect`.
-
-    Log-probabilities come from a pass of their own, over the minibatches that `update` begins
-    with, so that its first ratio is exactly 1.
-    """
-    encoded = encode_prompts(
-        prompts, policy.model, tokenizer, config.template, config.max_new_tokens
-    )
-    seed = (config.seed, SAMPLING, step)
-    return rollouts.collect(policy, tokenizer, encoded, reward, config, seed)
-
-
 def update(
     policy: nn.Module,
-    rollout: Rollout,
+    sampled: Rollout,
     config: PPOConfig,
     optimizer: torch.optim.Optimizer,
     step: int = 0,
@@ -242,47 +218,48 @@ def update(
     FloatingPointError for a loss that is not finite.
     """
     beta = config.beta if beta is None else beta
-    old = old_scores(rollout, beta, config)
+    old = old_scores(sampled, beta, config)
     random = np.random.default_rng((config.seed, SHUFFLING, step))
     weights = [p for p in policy.parameters() if p.requires_grad]
-    count, found = len(rollout.examples), []
+    count, found = len(sampled.examples), []
     for epoch in range(config.epochs):
         order = random.permutation(count) if epoch else np.arange(count)
-        for rows in rollouts.minibatches(order, config.minibatch_size):
-            stats = minibatch_losses(policy, rollout, rows, old, beta, config)
+        for rows in minibatches(order, config.minibatch_size):
+            stats = minibatch_losses(policy, sampled, rows, old, beta, config)
             optimizer.zero_grad()
             stats["loss"].backward()
             norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
             optimizer.step()
             found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
-    metrics = rollouts.mean_over_ranks(found)
+    metrics = mean_over_ranks(found)
     for value in (metrics["loss"], metrics["gradient_norm"]):  # a step with either spoils weights
         check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
-    explained = explained_variance(rollout.values, old["returns"], rollout.mask)
+    explained = explained_variance(sampled.values, old["returns"], sampled.mask)
     return metrics | {"explained_variance": explained}
 
 
-def old_scores(rollout: Rollout, beta: float, config: PPOConfig) -> dict[str, Tensor]:
+def old_scores(sampled: Rollout, beta: float, config: PPOConfig) -> dict[str, Tensor]:
     """What stays as it is during the passes over a rollout: all (B, T)."""
-    old = {name: getattr(rollout, name) for name in ("mask", "logp", "ref_logp", "values")}
-    kl, in_reward = k1(rollout.logp, rollout.ref_logp), 0.0 if config.kl_in_loss else beta
-    ends = (rollout.rewards, rollout.ended, kl, rollout.mask, in_reward)
-    rewards = token_rewards(*ends, config.missing_end_penalty)
-    known = (rewards, rollout.values, rollout.mask, config.gamma, config.lam)
-    return old | dict(zip(("advantages", "returns"), advantages_and_returns(*known), strict=True))
+    old = {name: getattr(sampled, name) for name in ("mask", "logp", "ref_logp", "values")}
+    mask, kl = sampled.mask, k1(sampled.logp, sampled.ref_logp)
+    weights = (0.0 if config.kl_in_loss else beta, config.missing_end_penalty)
+    rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, *weights)
+    advantages = gae(rewards, sampled.values, mask, config.gamma, config.lam)
+    returns = (advantages + sampled.values).masked_fill(~mask, 0.0)
+    return old | {"advantages": masked_whiten(advantages, mask), "returns": returns}
 
 
 def minibatch_losses(
-    policy: nn.Module, rollout: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
+    policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
 ) -> dict[str, Tensor]:
     """`losses` of this process's shard of `rows`, weighted by its tokens: DDP takes the mean."""
-    inner, shard = getattr(policy, "module", policy), rollouts.local_shard(rows)
-    batch = inner.pack([rollout.examples[i] for i in shard])
-    weight = rollout.mask[shard].sum() / rollout.mask[rows].sum() * PartialState().num_processes
+    inner, shard = getattr(policy, "module", policy), local_shard(rows)
+    batch = inner.pack([sampled.examples[i] for i in shard])
+    weight = sampled.mask[shard].sum() / sampled.mask[rows].sum() * PartialState().num_processes
     known = {name: column[shard].to(inner.device) for name, column in old.items()}
-    logp, values, _ = policy(batch, config.temperature)
     order, table = batch.example.argsort(stable=True), torch.zeros_like(known["logp"])
-    logp, values = (table.masked_scatter(known["mask"], x[order]) for x in (logp, values))
+    outputs = policy(batch, config.temperature)[:2]
+    logp, values = (table.masked_scatter(known["mask"], tokens[order]) for tokens in outputs)
     found = losses(logp, values, known, beta, config)
     return {name: value * weight.to(inner.device) for name, value in found.items()}
 
@@ -324,129 +301,81 @@ def train(
     reward fails, FloatingPointError when the loss does; checkpoints in `output_dir` stay.
     """
     config, started = config or PPOConfig(), time.perf_counter()
-    ranks = PartialState(cpu=model.device.type == "cpu")
-    rollouts.check_processes(config.minibatch_size)
+    state = PartialState(cpu=model.device.type == "cpu")
+    check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    with models.unchanged(model), Line(progress and ranks.is_main_process) as line:
-        policy, wrapped, optimizer = _prepare(model, config, ranks)
+    with models.unchanged(model), Line(progress and state.is_main_process) as line:
+        policy, wrapped, optimizer = _prepare(model, config)
         made = {name: value for name, value in asdict(config).items() if name not in FREE}
         made |= checkpoints.fingerprint(policy, [Example(*2 * [np.array(p.ids)]) for p in encoded])
-        state: dict[str, Any] = {"history": [], "notes": {}, "beta": config.beta}
+        run: dict[str, Any] = {"history": [], "notes": {}, "beta": config.beta}
         if config.resume:
-            state = load(checkpoints.newest(config.resume, made), policy, optimizer)
+            run = checkpoints.load(config.resume, policy, optimizer, made)
         elif config.save_steps:
             checkpoints.check_unused(str(output_dir))
-        history, stopped = state["history"], ""
+        history, stopped = run["history"], ""
 
         def finish(sampled: Rollout, metrics: dict[str, float]) -> None:
-            if on_rollout and ranks.is_main_process:
+            if on_rollout and state.is_main_process:
                 on_rollout(sampled, metrics)
             history.append({"step": len(history) + 1, **metrics})
-            if not ranks.is_main_process:
-                return
-            if log:
+            if log and state.is_main_process:
                 log(metrics, len(history))
             now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
             line.show(f"step {len(history)}/{config.steps} · {now}")
             last = len(history) == config.steps
-            if (
-                config.save_steps
-                and not stopped
-                and (last or len(history) % config.save_steps == 0)
-            ):
-                save(Path(str(output_dir)), policy, optimizer, state, made)
+            due = config.save_steps and (last or len(history) % config.save_steps == 0)
+            if due and state.is_main_process and not stopped:
+                checkpoints.save(str(output_dir), len(history), policy, optimizer, run, made)
 
-        for step in range(len(history), config.steps):
-            numbers = rollouts.batch_indices(
-                len(encoded), config.batch_size, step, (config.seed, DRAWING)
-            )
-            chosen, seed = [encoded[i] for i in numbers], (config.seed, SAMPLING, step)
-            sampled = rollouts.collect(policy, tokenizer, chosen, reward, config, seed)
-            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, state)
-            rollouts.on_all_ranks(partial(finish, sampled, metrics))
-            if stopped:
-                break
-    notes = tuple(f"step {step}: {remark}" for remark, step in state["notes"].items())
+        while len(history) < config.steps and not stopped:
+            step, draw = len(history), (config.seed, DRAWING)
+            numbers = batch_indices(len(encoded), config.batch_size, step, draw)
+            chosen = [encoded[i] for i in numbers]
+            sampled = rollout(policy, tokenizer, chosen, reward, config, step)
+            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run)
+            on_all_ranks(partial(finish, sampled, metrics))
+    notes = tuple(f"step {step}: {remark}" for remark, step in run["notes"].items())
     return Result(history, len(history), time.perf_counter() - started, stopped, notes)
 
 
 def _prepare(
-    model: Any, config: PPOConfig, ranks: PartialState
+    model: Any, config: PPOConfig
 ) -> tuple[PolicyWithValue, nn.Module, torch.optim.Optimizer]:
     """The policy, the policy as several processes train it, and its optimizer."""
-    model.to(ranks.device if ranks.num_processes > 1 else model.device)
+    several = PartialState().num_processes > 1
+    model.to(PartialState().device if several else model.device)
     if model.device.type == "cpu":
         models.use_float32_attention(model)
     policy = PolicyWithValue(model, config.separate_critic, config.precision)
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
-    if ranks.num_processes == 1:
-        return policy, policy, optimizer
-    return policy, nn.parallel.DistributedDataParallel(policy).eval(), optimizer
+    wrapped = nn.parallel.DistributedDataParallel(policy).eval() if several else policy
+    return policy, wrapped, optimizer
 
 
 def _step(
-    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, state: dict
+    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, run: dict
 ) -> tuple[dict[str, float], str]:
-    """Metrics of the rollout and of the update; or why the run stops before it."""
-    started, beta = time.perf_counter(), state["beta"]
+    """Metrics of the rollout and of the update, or why the run stops before the update."""
+    started, rate = time.perf_counter(), config.learning_rate * (1 - step / config.steps)
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * (1 - step / config.steps)
-    metrics = sampled.metrics() | {"beta": beta, "learning_rate": group["lr"]}
+        group["lr"] = rate
+    metrics = sampled.metrics() | {"beta": run["beta"], "learning_rate": rate}
     for name, estimator in (("kl", k3), ("kl_k1", k1)):
         metrics[name] = float(sampled.sums(estimator(sampled.logp, sampled.ref_logp)).mean())
-    for remark in sampled.remarks():
-        if remark not in state["notes"]:
-            state["notes"][remark] = step + 1
-            logger.warning("step %d: %s", step + 1, remark)
+    for remark in set(sampled.remarks()) - set(run["notes"]):
+        run["notes"][remark] = step + 1
+        logger.warning("step %d: %s", step + 1, remark)
     if config.kl_limit and metrics["kl"] > config.kl_limit:
-        reason = f"stopped: KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}"
-        logger.warning("step %d: %s; raise beta", step + 1, reason)
+        reason = f"KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}: raise beta"
+        logger.warning("step %d: stopped, %s", step + 1, reason)
         return metrics, reason
-    metrics |= update(policy, sampled, config, optimizer, step, beta)
+    metrics |= update(policy, sampled, config, optimizer, step, run["beta"])
     if config.kl_target:
         given = (config.kl_target, config.batch_size, config.kl_horizon)
-        state["beta"] = adapted(beta, metrics["kl_k1"], *given)
+        run["beta"] = adapted(run["beta"], metrics["kl_k1"], *given)
     return metrics | {"seconds_update": time.perf_counter() - started}, ""
-
-
-def save(folder: Path, policy: nn.Module, optimizer: Any, state: dict, made: dict) -> None:
-    """Writes `checkpoint-<step>` into `folder`, complete or not at all; keeps the one before it.
-
-    Raises OSError if it cannot be written; earlier checkpoints then stay.
-    """
-    step, folder = len(state["history"]), folder.expanduser()
-    target, scratch = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}-{os.getpid()}"
-    tensors = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
-    for number, parts in optimizer.state_dict()["state"].items():
-        tensors |= {f"{number}|{part}": tensor for part, tensor in parts.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        scratch.mkdir(parents=True)
-        save_file(tensors, scratch / WEIGHTS, {"state": json.dumps(state)})
-        checkpoints.complete(scratch, made)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise OSError(f"output_dir: could not write {target}: {error}") from error
-    found = [f for f in folder.glob("checkpoint-*") if f.name.rpartition("-")[2].isdigit()]
-    for old in sorted(found, key=lambda f: int(f.name.rpartition("-")[2]))[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def load(folder: Path, policy: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Puts weights and moments of a checkpoint back, and returns its state."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        state = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name in [name for name in tensors if "|" in name]:
-        number, part = name.split("|")
-        moments.setdefault(int(number), {})[part] = tensors.pop(name)
-    policy.load_state_dict(tensors, strict=False)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    return state

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from labkit import logprobs, models
 from labkit.batching import Batch, Example, pack
-from labkit.generate import Prompt, eos_ids, sample, texts
+from labkit.generate import Prompt, encode_prompts, eos_ids, sample, texts
 from labkit.templates import Row
 
 log = logging.getLogger("labkit")
+
+SAMPLING = 0  # what random numbers are for; `ppo` has the others
 
 Reward = Callable[..., Sequence[float]]  # of prompts, responses, and rows if it takes them
 
@@ -158,11 +160,6 @@ class Rollout:
     entropy: Tensor = field(repr=False)
     seconds: dict[str, float] = field(repr=False)
 
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each response, (B,)."""
-        return self.mask.sum(1)
-
     def sums(self, tokens: Tensor) -> Tensor:
         """Of values (B, T) for tokens, each response's sum, (B,)."""
         return tokens.masked_fill(~self.mask, 0.0).sum(1)
@@ -174,7 +171,7 @@ class Rollout:
             "reward": float(self.rewards.mean()),
             "reward_std": float(self.rewards.std(correction=0)),
             "entropy": float(logprobs.masked_mean(self.entropy, self.mask)),
-            "length": float(self.lengths.float().mean()),
+            "length": float(self.mask.sum(1).float().mean()),
             "end_rate": float(self.ended.float().mean()),
             "empty_rate": sum(empty) / len(empty),
         } | {f"seconds_{stage}": seconds for stage, seconds in self.seconds.items()}
@@ -190,45 +187,57 @@ class Rollout:
         return found
 
 
-def collect(
+def rollout(
     policy: PolicyWithValue,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Row | str],
     reward: Reward,
     config: Any,
-    seed: tuple[int, ...],
+    step: int = 0,
 ) -> Rollout:
-    """Samples a response to each prompt, computes its reward, and scores its tokens.
+    """A response to each prompt, its reward, and its tokens' scores; `config` is a `PPOConfig`.
 
-    `config` is a `ppo.PPOConfig`; minibatches are scored together. Raises what `compute_rewards`
-    raises, on all ranks.
+    Log-probabilities come from a pass of their own, over the minibatches that `ppo.update` begins
+    with, so that its first ratio is exactly 1. Raises what `encode_prompts` and `compute_rewards`
+    raise, on all ranks.
     """
-    times = [time.perf_counter()]
-    limit = config.max_new_tokens
-    numbers = np.arange(len(prompts))
-    shards = [local_shard(rows) for rows in minibatches(numbers, config.minibatch_size)]
-    mine, ends = np.concatenate(shards), eos_ids(policy.model, tokenizer, config.template)
+    times, model, limit = [time.perf_counter()], policy.model, config.max_new_tokens
+    encoded = encode_prompts(prompts, model, tokenizer, config.template, limit)
+    numbers = minibatches(np.arange(len(encoded)), config.minibatch_size)
+    shards = [local_shard(rows).tolist() for rows in numbers]
+    mine = [i for shard in shards for i in shard]
+    own, ends = [encoded[i] for i in mine], eos_ids(model, tokenizer, config.template)
     # One stream for all prompts: which process samples a response does not matter.
-    uniforms = np.random.default_rng(seed).random((len(prompts), limit))[mine]
+    random = np.random.default_rng((config.seed, SAMPLING, step))
     options = {"temperature": config.temperature, "batch_size": config.sampling_batch}
+    options["uniforms"] = random.random((len(encoded), limit))[mine]
     with policy.autocast():
-        ids = [prompts[i].ids for i in mine]
-        replies = sample(
-            policy.model, ids, max_new_tokens=limit, ends=ends, uniforms=uniforms, **options
-        )
+        replies = sample(model, [p.ids for p in own], max_new_tokens=limit, ends=ends, **options)
     responses = texts(tokenizer, replies, ends)
     times.append(time.perf_counter())
-    contents, rows = [prompts[i].content for i in mine], [prompts[i].row for i in mine]
+    contents, rows = [prompt.content for prompt in own], [prompt.row for prompt in own]
     rewards = on_all_ranks(lambda: compute_rewards(reward, contents, responses, rows))
     times.append(time.perf_counter())
-    examples = [_example(prompts[i].ids, reply) for i, reply in zip(mine, replies, strict=True)]
+    examples = [_example(p.ids, reply) for p, reply in zip(own, replies, strict=True)]
     scores = _scores(policy, examples, [len(shard) for shard in shards], config.temperature)
     ended = [reply[-1] in ends for reply in replies]
-    own = zip(mine.tolist(), responses, rewards, ended, examples, scores, strict=True)
-    everyone = sorted(gather_object(list(own)), key=lambda entry: entry[0])
+    local = list(zip(mine, responses, rewards, ended, examples, scores, strict=True))
+    columns = zip(*sorted(gather_object(local), key=lambda entry: entry[0]), strict=True)
+    _, responses, rewards, ended, examples, scores = map(list, columns)
     times.append(time.perf_counter())
-    seconds = dict(zip(("sample", "reward", "score"), map(float, np.diff(times)), strict=True))
-    return _whole(prompts, everyone, seconds)
+    table = nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in scores], batch_first=True)
+    lengths = torch.tensor([len(x) for x in scores])
+    return Rollout(
+        prompts=[prompt.content for prompt in encoded],
+        rows=[prompt.row for prompt in encoded],
+        responses=responses,
+        rewards=torch.tensor(rewards),
+        ended=torch.tensor(ended),
+        examples=[Example(*example) for example in examples],
+        mask=torch.arange(table.shape[1]) < lengths[:, None],
+        seconds=dict(zip(("sample", "reward", "score"), map(float, np.diff(times)), strict=True)),
+        **dict(zip(("logp", "ref_logp", "values", "entropy"), table.unbind(-1), strict=True)),
+    )
 
 
 def _example(prompt: list[int], reply: list[int]) -> Example:
@@ -248,27 +257,6 @@ def _scores(
     return [x.numpy() for x in torch.cat(found).cpu().split(lengths)]
 
 
-def _whole(prompts: Sequence[Prompt], everyone: list[tuple], seconds: dict[str, float]) -> Rollout:
-    _, responses, rewards, ended, examples, scores = zip(*everyone, strict=True)
-    padded = nn.utils.rnn.pad_sequence([torch.from_numpy(s) for s in scores], batch_first=True)
-    logp, ref_logp, values, entropy = padded.unbind(-1)
-    lengths = torch.tensor([len(score) for score in scores])
-    return Rollout(
-        prompts=[prompt.content for prompt in prompts],
-        responses=list(responses),
-        rows=[prompt.row for prompt in prompts],
-        rewards=torch.tensor(rewards),
-        ended=torch.tensor(ended),
-        examples=[Example(*example) for example in examples],
-        mask=torch.arange(logp.shape[1]) < lengths[:, None],
-        logp=logp,
-        ref_logp=ref_logp,
-        values=values,
-        entropy=entropy,
-        seconds=seconds,
-    )
-
-
 # Several processes
 
 
@@ -276,14 +264,10 @@ def check_processes(minibatch_size: int) -> None:
     """Raises ValueError unless all started processes work together, with an example for each."""
     together, started = PartialState().num_processes, int(os.environ.get("WORLD_SIZE", 1))
     if together != started:
-        raise ValueError(
-            f"expected {started} processes to work together, got {together}; on a CPU call "
-            "accelerate.PartialState(cpu=True) before anything else of accelerate"
-        )
+        remedy = "on a CPU call accelerate.PartialState(cpu=True) before anything of accelerate"
+        raise ValueError(f"expected {started} processes to work together, got {together}; {remedy}")
     if minibatch_size < together:
-        raise ValueError(
-            f"minibatch_size: expected {together} (processes) up, got {minibatch_size}"
-        )
+        raise ValueError(f"minibatch_size: expected {together} up, one for each process")
 
 
 def minibatches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
