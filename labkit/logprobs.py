@@ -1,71 +1,140 @@
-"""Log-probabilities of tokens and sequences, and masked statistics: their one home.
+"""Log-probabilities of responses, and masked statistics: their one home.
 
-Every technique that compares models (DPO, ORPO, PPO) reads them from here, so that masks
-and shifts cannot drift apart. Everything is computed in float32. Masks are 1 = keep.
-Shapes: B sequences, T tokens, V vocabulary entries.
+    log p(y | x) = sum over response tokens t of log p(x_t | x_<t)
+
+Every loss and every comparison of models (SFT, DPO, ORPO, PPO, perplexity) reads them from here,
+so that masks and shifts cannot drift apart. Only the N positions that predict a response token
+enter the output head: neither prompts nor padding cost logits. Logits are float32, masks are
+1 = keep. Shapes: E examples, N response tokens, V vocabulary entries, H hidden size.
 """
 
-import inspect
+from __future__ import annotations
 
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.batching import Batch, Example, pack
+from labkit.models import base_model
+
+# Right padding needs no mask in a causal model; older ones, such as GPT-2, ask for one all the same.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "passing in an `attention_mask`" not in record.getMessage()
+)
 
 
-def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """log p(token t+1 | tokens up to t), for every token but the first.
+def response_logps(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """log p of each response token of a batch: (N,) float32, in the order of `batch.targets`."""
+    return response_outputs(model, batch, temperature)[2]
 
-    `logits` (B, T, V), `input_ids` (B, T) → (B, T-1), float32.
+
+def response_outputs(
+    model: nn.Module, batch: Batch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (N, H), logits (N, V) and log-probabilities (N,) of the response tokens."""
+    hidden, output = forward(model, batch)
+    return hidden, *token_logps(output, batch, temperature)
+
+
+def token_logps(output: Any, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) over the temperature, and log-probabilities (N,), of what `forward` gave."""
+    logits = output.logits.float()
+    logits = logits if temperature == 1.0 else logits / temperature
+    return logits, -F.cross_entropy(logits, batch.targets, reduction="none")
+
+
+def forward(model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
+    """Hidden states (N, H) before the output head, and the model's output with logits (N, V).
+
+    The model runs as usual, wrapped or not; only what enters its output head is narrowed from
+    (B, T, H) to (N, H), so whatever it does to its logits still holds.
     """
-    if logits.shape[:-1] != input_ids.shape:
-        raise ValueError(
-            f"logits: expected shape (B, T, V) matching input_ids {tuple(input_ids.shape)}, "
-            f"got {tuple(logits.shape)}; pass the unshifted tensors"
-        )
-    logits = logits[:, :-1].float()
-    chosen = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    ids, kept = batch.input_ids, []
+    if batch.position_ids is not None:
+        options["position_ids"] = batch.position_ids
+
+    def narrow(module: nn.Module, args: tuple) -> tuple:
+        soft = args[0].shape[1] - ids.shape[1]  # tokens that a soft prompt puts in front
+        row = batch.positions.div(ids.shape[1], rounding_mode="floor")
+        kept.append(args[0].flatten(0, 1).index_select(0, batch.positions + soft * (row + 1)))
+        return kept[0], *args[1:]
+
+    head = base_model(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        output = model(input_ids=ids, use_cache=False, **options)
+    finally:
+        handle.remove()
+    return kept[0], output
 
 
-def sequence_logps(
-    model: torch.nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
-    average: bool = False,
-) -> Tensor:
-    """Sum (or mean, `average`) of the response tokens' log-probabilities: (B,), float32.
+def router_coefficient(model: nn.Module) -> float:
+    """The weight of a mixture of experts' auxiliary loss; 0 for other models."""
+    base = base_model(model)
+    return getattr(base, "router_aux_loss_coef", 0.0) if hasattr(base, "num_experts") else 0.0
 
-    All inputs are (B, T), padded left or right. A sequence's first token has no context,
-    so it is not scored. A response without a scored token gives 0, and NaN as a mean.
+
+def router_loss(model: nn.Module, output: Any, batch: Batch) -> Tensor:
+    """The auxiliary loss that balances the experts, as in transformers, over real tokens."""
+    base = base_model(model)
+    balance = vars(sys.modules[type(base).__module__])["load_balancing_loss_func"]
+    return balance(output.router_logits, base.num_experts, base.num_experts_per_tok, batch.mask)
+
+
+def sum_by_example(values: Tensor, batch: Batch) -> Tensor:
+    """Of values (N,) for response tokens, each example's sum: (E,)."""
+    return values.new_zeros(batch.size).index_add(0, batch.example, values)
+
+
+def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
+    """Of values (N,) for response tokens, each example's mean: (E,)."""
+    return sum_by_example(values, batch) / sum_by_example(torch.ones_like(values), batch)
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether packed examples do not see each other, tried exactly on two short ones.
+
+    The first is exchanged; the second's hidden states must stay what they are to the last bit. A soft
+    prompt stands before a sequence's first example only, and some architectures carry positions
+    or a state of their own across position ids that restart.
     """
-    logits = _forward(model, input_ids, attention_mask).logits
-    context = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
-    mask = response_mask[:, 1:].bool() & context
-    logps = token_logps(logits, input_ids)
-    return masked_mean(logps, mask, dim=-1) if average else _kept(logps, mask).sum(-1)
+    if has_soft_prompt(model):
+        return False
+    device = next(model.parameters()).device
+    last = base_model(model).get_input_embeddings().num_embeddings - 1
+
+    def second(first: list[int]) -> Tensor:
+        texts = [first, [min(i, last) for i in (3, 4, 5, 6)]]
+        batch = pack([Example(np.array(t), np.ones(len(t), dtype=np.int64)) for t in texts])
+        return batch.by_example(forward(model, batch.to(device))[0])[1]
+
+    with evaluating(model), torch.autocast(device.type, enabled=False):
+        return torch.equal(second([1, 2, 3, 4, 5, 6]), second([6, 5, 1, 2, 2, 1]))
 
 
-def _forward(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor):
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    extra = {}
-    # models with relative positions (BLOOM, MPT) take none
-    if "position_ids" in inspect.signature(inner.forward).parameters:
-        extra["position_ids"] = position_ids(attention_mask)
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+def has_soft_prompt(model: nn.Module) -> bool:
+    """Whether a PEFT method puts virtual tokens in front of the text."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, from 0: (B, T) → (B, T), int64.
-
-    Without them left padding would shift a sequence's positions. Padding gets a valid
-    position that nothing attends to.
-    """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask is set, 0 elsewhere; a product would let a masked NaN through."""
-    return x.masked_fill(~mask.bool(), 0.0)
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module has its own mode back, which may differ by part."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -90,3 +159,8 @@ def masked_whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     centred = x.float() - masked_mean(x, mask)
     variance = masked_mean(centred**2, mask)
     return _kept(centred * torch.rsqrt(variance + eps), mask)
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is set, 0 elsewhere; a product would let a masked NaN through."""
+    return x.masked_fill(~mask.bool(), 0.0)

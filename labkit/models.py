@@ -374,3 +374,23 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             tf_logging.enable_progress_bar()
+
+
+def base_model(model: Any) -> Any:
+    """The model itself, without the wrappers of PEFT and of several processes."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_float32_attention(model: Any) -> None:
+    from labkit import speed
+
+    speed.quicken_attention(base_model(model))
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    from labkit import speed
+
+    with speed.as_before(model):
+        yield

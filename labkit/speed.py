@@ -13,12 +13,10 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, TrainerCallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from labkit.batching import parts
 
 # Right padding needs no mask in a causal model; older ones, such as GPT-2, ask for one all the same.
 logging.getLogger("transformers.modeling_utils").addFilter(
@@ -26,43 +24,6 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 )
 
 COMPILE_SECONDS, COMPILE_GAIN = 60, 0.1  # what compiling costs at most and saves at least
-
-
-def response_loss(model, batch: dict, fused: bool = False) -> torch.Tensor:
-    """Sum of -log p over the response tokens of a batch of `batching.Collator`, in nats.
-
-    With `fused`, the head that TRL's trainer puts on the model computes it in tiles, which
-    keeps a large vocabulary out of a GPU's memory and wastes time on a CPU.
-    """
-    return torch.stack([_part_loss(model, part, fused) for part in parts(batch)]).sum()
-
-
-def _part_loss(model, batch: dict, fused: bool) -> torch.Tensor:
-    # The model runs as usual, wrapped or not; only what enters its output head is narrowed
-    # from (B, T, hidden) to (N, hidden), so whatever it does to its logits still holds.
-    ids, positions, targets = (batch[k] for k in ("input_ids", "positions", "targets"))
-    forward = {"input_ids": ids, "use_cache": False}
-    if "position_ids" in batch:
-        forward["position_ids"] = batch["position_ids"]
-    if fused:
-        labels = torch.full_like(ids, -100).view(-1).index_copy(0, positions, targets)
-        return -model(
-            **forward, shift_labels=labels.view_as(ids), fused_lm_head=True
-        ).log_probs.sum()
-
-    def narrow(module, args):
-        virtual = args[0].shape[1] - ids.shape[1]  # tokens that a soft prompt puts in front
-        row = positions.div(ids.shape[1], rounding_mode="floor")
-        wanted = positions + virtual * (row + 1)
-        return (args[0].flatten(0, 1).index_select(0, wanted), *args[1:])
-
-    head = getattr(model, "module", model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(narrow)
-    try:
-        logits = model(**forward).logits
-    finally:
-        handle.remove()
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def float32_attention(module, query, key, value, attention_mask, **kwargs):

@@ -1,15 +1,13 @@
-"""Supervised fine-tuning: TRL's trainer with settings that are fast for the machine at hand.
+"""One trainer for every loss: transformers' Trainer, fast on the machine at hand.
 
-The loss is the mean negative log-likelihood of the response tokens,
+A technique gives a `Loss`, a function of a model and a batch, and `fit` minimizes it. The loss of
+supervised fine-tuning is here, the mean negative log-likelihood of the response tokens,
 
     L = -1/N sum over response tokens t of log p(x_t | x_<t),
 
-the same number as TRL's, computed for less: the hidden states of the N positions that
-predict a response token are picked out before the output head, so neither prompts nor
-padding cost logits. On a CPU short rows share a line, so that little is padded; no mask is
-built for right padding, nothing is recomputed, and losses are read off the device once an entry
-of the history (`batching`, `speed` and `progress`).
-Preferences and rewards are not here; a technique changes the model before it comes here.
+the same number as TRL's, computed for less (`logprobs`): on a CPU short examples share a packed
+sequence (`batching`), no mask is built for right padding, nothing is recomputed, and the history
+is read off the device once an entry. What a technique changes in the model, it changes before.
 """
 
 from __future__ import annotations
@@ -17,95 +15,95 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from pydantic import AfterValidator
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import TrainingArguments as Arguments
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig, SFTTrainer
 
-from labkit.batching import Collator, Rows, Shuffled
-from labkit.models import autocast_dtype, context_length
-from labkit.progress import Meter, Progress, check_finite
-from labkit.speed import as_before, compiled, quicken_attention, response_loss
+from labkit.batching import Batch, Example, Shuffled, pack
+from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
+from labkit.logprobs import (
+    evaluating,
+    forward,
+    has_soft_prompt,
+    keeps_apart,
+    router_coefficient,
+    router_loss,
+    token_logps,
+)
+from labkit.models import (
+    autocast_dtype,
+    base_model,
+    context_length,
+    unchanged,
+    use_float32_attention,
+)
+from labkit.progress import Line
 
 logger = logging.getLogger("labkit")
 
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-}
+Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+ENTRIES = 200  # of a history, each the mean over as many steps, so that a record stays small
+FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
+MADE_WITH = "made_with.json"
 
 
-@dataclass(frozen=True)
+@settings
 class TrainConfig:
     """Settings of a training run; the defaults suit a small model on a CPU.
 
-    `batch_size` counts rows a step and device, `warmup_ratio` is a share of all steps,
-    `max_steps` = -1 leaves the length to `epochs`. `precision`: "auto" (bfloat16 autocast
-    where it pays), "bf16" or "fp32". `compile`: False, True, or "auto", which compiles the
-    model once the rest of the run is seen to take longer than compiling saves. `packing` lets
-    short rows of a batch share a line instead of padding each: True, False, or "auto", on a CPU
-    where the model keeps such rows apart. A checkpoint is written every `save_steps` steps (0: never); `resume` names the folder of an earlier run's
-    checkpoints, or a folder above it, and training goes on from the last whole one.
+    `batch_size` counts examples per step and device, `warmup_ratio` is a share of all steps,
+    `max_steps` = -1 leaves the length to `epochs`. `precision`: "auto" (bfloat16 autocast where
+    it pays), "bf16" or "fp32". `packing` lets short examples of a batch share a sequence: True,
+    False, or "auto", on a CPU where the model keeps them apart. A checkpoint is written every
+    `save_steps` steps (0: never); `resume` names the folder of an earlier run's checkpoints, or
+    one above it, and training goes on from the last complete one.
     """
 
-    learning_rate: float = 1e-3
-    epochs: float = 1.0
+    learning_rate: Positive = 1e-3
+    epochs: Positive = 1.0
     max_steps: int = -1
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    schedule: str = "cosine"
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    precision: str = "auto"
-    optimizer: str = "adamw_torch_fused"
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
+    warmup_ratio: Share = 0.1
+    weight_decay: NonNegative = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: NonNegative = 1.0
+    seed: Natural = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    optimizer: Annotated[str, AfterValidator(lambda name: OptimizerNames(name).value)] = (
+        OptimizerNames.ADAMW_TORCH_FUSED.value
+    )
     gradient_checkpointing: bool = False
-    compile: bool | str = False
-    packing: bool | str = "auto"
-    save_steps: int = 0
+    compile: bool = False
+    packing: bool | Literal["auto"] = "auto"
+    save_steps: Natural = 0
     resume: str = ""
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "gradient_accumulation": 1, "weight_decay": 0}
-        at_least |= {"max_grad_norm": 0, "seed": 0, "save_steps": 0}
-        for name, least in at_least.items():
-            _require(self, name, getattr(self, name) >= least, f"at least {least}")
-        _require(self, "learning_rate", self.learning_rate > 0, "a rate above 0")
-        _require(self, "epochs", self.epochs > 0, "a number above 0")
-        _require(self, "max_steps", self.max_steps == -1 or self.max_steps > 0, "-1 or above 0")
-        _require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "a share from 0 to below 1")
-        _require(self, "schedule", self.schedule in SCHEDULES, f"one of {list(SCHEDULES)}")
-        precisions = ("auto", "bf16", "fp32")
-        _require(self, "precision", self.precision in precisions, f"one of {precisions}")
-        names = [name.value for name in OptimizerNames]
-        _require(self, "optimizer", self.optimizer in names, f"one of {names}")
-        known = self.compile in (False, True, "auto")
-        _require(self, "compile", known, "False, True or 'auto'")
-        known = self.packing in (False, True, "auto")
-        _require(self, "packing", known, "False, True or 'auto'")
-
-
-def _require(config: TrainConfig, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps: expected -1 or at least 1, got {self.max_steps}")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave: `loss` is the last entry's of `history`, in nats a response token.
+    """What a run gave: `loss` is the last entry's of `history`, such as nats per response token.
 
     `seconds`, `tokens` (without padding) and `tokens_per_second` count this call only, also
     after resuming; `peak_memory_bytes` is the device's on a GPU, the process's on a CPU.
@@ -121,148 +119,227 @@ class TrainResult:
     eval_loss: float | None = None
 
 
-def sft(
-    model,
-    tokenizer,
-    dataset,
+def sft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of -log p over the response tokens of a batch, in nats.
+
+    A mixture of experts adds its router's auxiliary loss, weighted as its configuration says.
+    """
+    coefficient = router_coefficient(model)
+    output = forward(model, batch, **({"output_router_logits": True} if coefficient else {}))[1]
+    loss = -token_logps(output, batch)[1].mean()
+    if not coefficient:
+        return loss, {}
+    balance = router_loss(model, output, batch)
+    return loss + coefficient * balance, {"nll": loss.detach(), "router_loss": balance.detach()}
+
+
+def fit(
+    model: nn.Module,
+    examples: Sequence[Any],
+    loss: Loss,
     config: TrainConfig | None = None,
     *,
-    eval_dataset=None,
+    collate: Callable[..., Any] = pack,
+    eval_examples: Sequence[Any] | None = None,
     output_dir: str | Path | None = None,
     log: Callable[[dict, int], Any] | None = None,
-    extra_loss: Callable[[Any], torch.Tensor] | None = None,
+    extra_loss: Callable[[nn.Module], Tensor] | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Trains `model` in place on the response tokens of `dataset`.
+    """Trains `model` in place: minimizes the mean of `loss` over `examples`.
 
-    `dataset` and `eval_dataset` hold `input_ids` and `completion_mask` (`data.encode`).
-    `log(metrics, step)` is called for each entry of the history, `extra_loss(model)` gives a
-    scalar that is added to the loss of each step but not reported in it. Raises ValueError
-    for settings or rows that cannot work, before training, and FloatingPointError as soon as
-    the loss is not finite; checkpoints in `output_dir` stay.
+    `collate(examples, packing=…)` makes batches, whose `weight` says how many terms their loss is
+    a mean over. `log(metrics, step)` is called for each entry of the history; `extra_loss(model)`
+    is added to the loss of each step, and not reported in it. Afterwards everything but the
+    weights is as before (`models.unchanged`).
+
+    Raises ValueError for settings or examples that cannot work, before training, and
+    FloatingPointError as soon as the loss is not finite; checkpoints in `output_dir` stay.
     """
     config = config or TrainConfig()
-    rows = Rows(dataset)
-    _check(model, tokenizer, rows, config, output_dir)
-    checkpoint = _last_checkpoint(Path(config.resume)) if config.resume else None
-    evaluated = None if eval_dataset is None else Rows(eval_dataset)
+    packing = _check(model, examples, config, output_dir)
+    made = _made_with(model, examples, config) if config.save_steps or config.resume else {}
+    checkpoint = _checkpoint(config.resume, made)
+    if config.save_steps and not config.resume:
+        _check_unused(Path(str(output_dir)))
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(as_before(model))
-        meter = Meter(log)
-        trainer = FastSFTTrainer(model, tokenizer, dataset, rows, config, str(folder), meter)
-        trainer.extra_loss = extra_loss
-        shown = Progress(meter, progress)
-        trainer.add_callback(shown)
-        stack.callback(shown.close)
-        stack.enter_context(compiled(trainer, config.compile))
-        seconds = _train(trainer, checkpoint)
-        eval_loss = None if evaluated is None else trainer.held_out_loss(evaluated)
-    if log is not None and eval_loss is not None:
-        log({"eval_loss": eval_loss}, trainer.state.global_step)
-    return _result(trainer, meter, seconds, eval_loss)
-
-
-def _train(trainer: FastSFTTrainer, checkpoint: str | None) -> float:
-    if trainer.args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return time.perf_counter() - start
-
-
-def _result(
-    trainer: FastSFTTrainer, meter: Meter, seconds: float, eval_loss: float | None
-) -> TrainResult:
-    if trainer.args.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        stack.enter_context(unchanged(model))
+        history = _History(log, stack.enter_context(Line(progress)))
+        trainer = _Trainer(
+            model,
+            _arguments(model, config, str(folder)),
+            partial(collate, packing=packing),
+            list(examples),
+            callbacks=[history],
+        )
+        trainer.prepare(loss, extra_loss, history, made)
+        stack.enter_context(_compiled(model, config.compile))
+        seconds, peak = _timed(lambda: trainer.train(resume_from_checkpoint=checkpoint))
+        evaluated = None
+        if eval_examples is not None:
+            evaluated = mean_loss(
+                trainer.model_wrapped,
+                eval_examples,
+                loss,
+                trainer.data_collator,
+                config.batch_size,
+            )
+            if log is not None:
+                log({"eval_loss": evaluated}, trainer.state.global_step)
     return TrainResult(
-        history=meter.history,
-        loss=meter.history[-1]["loss"],
-        steps=trainer.state.global_step,
-        seconds=seconds,
-        tokens=meter.tokens,
-        tokens_per_second=meter.tokens / seconds,
-        peak_memory_bytes=peak,
-        eval_loss=eval_loss,
+        history.entries,
+        history.entries[-1]["loss"],
+        trainer.state.global_step,
+        seconds,
+        history.tokens,
+        history.tokens / seconds,
+        peak,
+        evaluated,
     )
 
 
-class FastSFTTrainer(SFTTrainer):
-    """TRL's trainer with the loss, the batches and the bookkeeping of this module."""
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    examples: Sequence[Any],
+    loss: Loss,
+    collate: Callable[..., Any] = pack,
+    batch_size: int = 32,
+) -> float:
+    """The mean of `loss` over examples, in eval mode; those of similar length share a batch."""
+    device, total, weight = next(model.parameters()).device, 0.0, 0
+    ordered = sorted(examples, key=lambda example: sum(len(one.ids) for one in _flat([example])))
+    with evaluating(model):
+        for start in range(0, len(ordered), batch_size):
+            batch = collate(ordered[start : start + batch_size]).to(device)
+            total += float(loss(model, batch)[0]) * batch.weight
+            weight += batch.weight
+    return total / weight
 
-    def __init__(self, model, tokenizer, dataset, rows, config, folder, meter) -> None:
-        super().__init__(
-            model=model,
-            args=_arguments(model, config, folder),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            data_collator=Collator(tokenizer.pad_token_id),
+
+class _History(TrainerCallback):
+    """Losses, metrics, tokens and time of a run, read off the device once an entry."""
+
+    def __init__(self, log: Callable[[dict, int], Any] | None, line: Line) -> None:
+        self.entries: list[dict] = []
+        self.tokens, self._log, self._line = 0, log, line
+        self._steps: list[dict[str, Any]] = []
+        self._step: dict[str, Any] = {}
+
+    def add(self, metrics: dict[str, Any], tokens: int) -> None:
+        """A batch's share of the metrics of a step, and its tokens."""
+        for name, value in metrics.items():
+            self._step[name] = self._step.get(name, 0.0) + value
+        self.tokens += tokens
+        self._entry_tokens += tokens
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.entries = [entry for entry in state.log_history if "seconds" in entry]
+        self._before = self.entries[-1]["seconds"] if self.entries else 0.0
+        self._begun, self._entry_tokens = state.global_step, 0
+        self._every = max(1, state.max_steps // ENTRIES)
+        self._start = self._entry_start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._steps.append(self._step)
+        self._step = {}
+        step, last = state.global_step, state.max_steps
+        if step % self._every and step < last and not control.should_save:
+            return  # a checkpoint must not be written before its losses were looked at
+        entry = self._close(step)
+        state.log_history.append(entry)
+        left = (time.perf_counter() - self._start) / (step - self._begun) * (last - step)
+        speed = self.tokens / (time.perf_counter() - self._start)
+        self._line.show(
+            f"step {step}/{last} · loss {entry['loss']:.3f} · {speed:,.0f} tokens/s · {left:.0f} s left"
         )
-        self.train_dataset, self.config, self.meter = rows, config, meter
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of a step
-        self.extra_loss: Callable[[Any], torch.Tensor] | None = None
-        self.fused = self.args.device.type == "cuda" and not _soft_prompt(model)
-        self._sum, self._tokens = 0.0, 0
-        self.data_collator.packing = _packing(model, rows, config)
-        # Several passes for one gradient are for a single process: DDP expects one.
-        alone = self.args.use_cpu and self.accelerator.num_processes == 1
-        self.data_collator.cut = alone and not self.data_collator.packing
-        if self.args.bf16 and self.args.use_cpu:
-            quicken_attention(model)
+
+    def _close(self, step: int) -> dict[str, float]:
+        names, now = list(self._steps[0]), time.perf_counter()
+        table = torch.stack([torch.stack([s[n] for n in names]) for s in self._steps]).tolist()
+        for number, values in enumerate(table, start=step - len(table) + 1):
+            check_finite(values[0], number, self._learning_rate)
+        means = dict(zip(names, (sum(c) / len(c) for c in zip(*table, strict=True)), strict=True))
+        seconds = max(now - self._entry_start, 1e-9)
+        rest = {
+            "tokens_per_second": self._entry_tokens / seconds,
+            "learning_rate": self._learning_rate,
+        }
+        self._steps, self._entry_tokens, self._entry_start = [], 0, now
+        entry = {"step": step, **means, **rest, "seconds": self._before + now - self._start}
+        self.entries.append(entry)
+        if self._log is not None:
+            self._log(means | rest, step)
+        return entry
+
+
+def check_finite(loss: float, step: int, learning_rate: float) -> None:
+    """Raises FloatingPointError, naming the step and the learning rate, unless finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {step}: expected a finite loss, got {loss} at learning_rate "
+            f"{learning_rate:.3g}; training stopped, and earlier checkpoints are kept: try a lower "
+            "learning_rate or more warm-up"
+        )
+
+
+class _Trainer(Trainer):
+    """Transformers' trainer, given a loss of batches and a history of our own."""
+
+    def prepare(self, loss: Loss, extra_loss: Any, history: _History, made: dict) -> None:
+        self.batch_loss, self.extra_loss, self.history, self.made = loss, extra_loss, history, made
+        self.model_accepts_loss_kwargs = True  # so that accumulated losses come scaled by weight
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        tokens = inputs.pop("tokens")
-        targets = num_items_in_batch or len(inputs["shift_labels"])
-        with self.accelerator.autocast():  # around all parts, so that weights are cast once
-            loss = response_loss(model, inputs, self.fused) / targets
-        if num_items_in_batch is not None:  # devices average what was divided by all tokens
-            loss = loss * self.accelerator.num_processes
-        self._sum, self._tokens = self._sum + loss.detach(), self._tokens + tokens
+        with self.accelerator.autocast():  # around all of it, so that weights are cast once
+            loss, metrics = self.batch_loss(model, inputs)
+        share = inputs.weight / num_items_in_batch if num_items_in_batch else 1.0
+        seen = {name: value.detach() * share for name, value in ({"loss": loss} | metrics).items()}
+        self.history.add(seen, inputs.tokens)
+        loss = loss * (share * self.accelerator.num_processes)  # of which DDP takes the mean
         if self.extra_loss is not None:
             loss = loss + self.extra_loss(self.model) / self.current_gradient_accumulation_steps
         if loss.device.type == "cpu":  # free here; elsewhere it would wait for the device
             check_finite(loss.item(), self.state.global_step + 1, self._get_learning_rate())
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        self.meter.add(self._sum, self._tokens, self._get_learning_rate())
-        self._sum, self._tokens = 0.0, 0
-        return grad_norm
+    def _get_num_items_in_batch(self, batch_samples, device):
+        total = sum(batch.weight for batch in batch_samples)
+        if self.args.world_size > 1:
+            return int(self.accelerator.gather(torch.tensor([total], device=device)).sum())
+        return total
+
+    def _prepare_inputs(self, inputs):
+        return inputs.to(self.args.device)
 
     def _get_train_sampler(self, train_dataset=None):
-        return Shuffled(len(self.train_dataset), self.config.seed)
+        return Shuffled(len(self.train_dataset), self.args.seed)
 
     def _save_checkpoint(self, model, trial):
-        entry = self.meter.flush(self.state.global_step)  # raises before a bad model is kept
-        if entry:
-            self.state.log_history.append(entry)
-        Trainer._save_checkpoint(self, model, trial)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / MADE_WITH).write_text(json.dumps(self.made), encoding="utf-8")
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # counting walks over all parameters at each step
 
-    @torch.no_grad()
-    def held_out_loss(self, rows: Rows) -> float:
-        """Mean negative log-likelihood a response token over `rows`, in nats."""
-        self.model.eval()
-        order = sorted(range(len(rows)), key=rows.lengths.__getitem__)
-        total, count = 0.0, 0
-        for start in range(0, len(order), self.config.batch_size):
-            batch = [rows[row] for row in order[start : start + self.config.batch_size]]
-            inputs = self._prepare_inputs(self.data_collator(batch))
-            total += float(response_loss(self.model_wrapped, inputs, self.fused))
-            count += len(inputs["shift_labels"])
-        return total / count
 
-
-def _arguments(model, config: TrainConfig, folder: str) -> SFTConfig:
+def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    return SFTConfig(
+    half = config.precision == "bf16"
+    if config.precision == "auto":
+        half = autocast_dtype(model) is torch.bfloat16
+    if half and on_cpu:
+        use_float32_attention(model)
+    constant = config.schedule == "constant"
+    return Arguments(
         output_dir=folder,
         learning_rate=config.learning_rate,
         num_train_epochs=config.epochs,
@@ -271,17 +348,15 @@ def _arguments(model, config: TrainConfig, folder: str) -> SFTConfig:
         gradient_accumulation_steps=config.gradient_accumulation,
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
-        lr_scheduler_type=SCHEDULES[config.schedule],
+        lr_scheduler_type="constant_with_warmup" if constant else config.schedule,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         optim=config.optimizer,
         activation_checkpointing=config.gradient_checkpointing,
-        bf16=_autocast(model, config.precision),
+        bf16=half,
         use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=False,
         remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
@@ -292,82 +367,133 @@ def _arguments(model, config: TrainConfig, folder: str) -> SFTConfig:
     )
 
 
-def _autocast(model, precision: str) -> bool:
-    if precision == "auto":
-        return autocast_dtype(model) is torch.bfloat16
-    return precision == "bf16"
+def _timed(call: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds that a call takes, and the peak memory in bytes."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    if on_gpu:
+        return seconds, torch.cuda.max_memory_allocated()
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _check(model, tokenizer, rows: Rows, config: TrainConfig, output_dir) -> None:
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError(
-            f"tokenizer: expected a pad token other than the end token, got pad "
-            f"{tokenizer.pad_token!r} and end {tokenizer.eos_token!r}; models.load sets one"
-        )
+@contextlib.contextmanager
+def _compiled(model: nn.Module, when: bool) -> Iterator[None]:
+    """Compiles the model below its head, for the time of training."""
+    backbone = base_model(model).base_model
+    if when:
+        backbone.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        backbone._compiled_call_impl = None
+
+
+def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, output_dir: Any) -> bool:
+    """Raises ValueError for what cannot work; returns whether examples are packed."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
     if output_dir is None and config.save_steps:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    context = context_length(model)
-    if context and rows.lengths.max() > context:
-        raise ValueError(
-            f"row {rows.lengths.argmax()}: expected at most {context} tokens, the model's "
-            f"context, got {rows.lengths.max()}; encode with max_length={context} or less"
-        )
-    entries = model.get_input_embeddings().num_embeddings
-    if rows.ids.max() >= entries:
-        raise ValueError(
-            f"dataset: expected token ids below {entries}, the model's embedding, got "
-            f"{rows.ids.max()}; encode with the tokenizer that belongs to the model"
-        )
-    if config.compile and next(model.parameters()).device.type == "cpu" and not _compiler():
+    if config.gradient_checkpointing and has_soft_prompt(model):
+        raise ValueError("gradient_checkpointing: expected False with a prefix, got True")
+    if config.compile and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("compile: expected a C++ compiler (g++) on the path, got none")
-    if config.packing is True and not keeps_apart(model, rows):
-        raise ValueError("packing: expected a model in which rows that share a line do not see each "
-                         "other; this one mixes them, so leave packing off")  # fmt: skip
+    _check_examples(model, examples)
+    if any(p.requires_grad and p.itemsize == 2 for p in model.parameters()):
+        logger.warning(
+            "model: its trained weights are of half precision, in which small steps are lost; "
+            "load it with dtype='float32'"
+        )
+    if config.packing is True and not keeps_apart(model):
+        raise ValueError(
+            "packing: expected a model in which packed examples do not see each other; this one "
+            "mixes them, so leave packing off"
+        )
+    return on_cpu and keeps_apart(model) if config.packing == "auto" else config.packing
 
 
-def _packing(model, rows: Rows, config: TrainConfig) -> bool:
-    if config.packing != "auto":
-        return bool(config.packing)
-    return next(model.parameters()).device.type == "cpu" and keeps_apart(model, rows)
+def _check_examples(model: nn.Module, examples: Sequence[Any]) -> None:
+    if len(examples) == 0:
+        raise ValueError("examples: expected at least one, got none")
+    context, entries = context_length(model), base_model(model).get_input_embeddings()
+    for number, item in enumerate(examples, start=1):
+        for ids, mask in _flat([item]):
+            if len(ids) != len(mask) or not mask[1:].any():
+                raise ValueError(
+                    f"example {number}: expected as many mask entries as ids, and a response token"
+                    f" to learn, got {len(ids)} ids and {int(np.sum(mask[1:]))} response tokens"
+                )
+            if context and len(ids) > context:
+                raise ValueError(
+                    f"example {number}: expected at most {context} tokens, the model's context, "
+                    f"got {len(ids)}; encode with max_length={context} or less"
+                )
+            if ids.max() >= entries.num_embeddings:
+                raise ValueError(
+                    f"example {number}: expected token ids below {entries.num_embeddings}, the "
+                    f"model's embedding, got {ids.max()}; encode with the model's own tokenizer"
+                )
 
 
-@torch.no_grad()
-def keeps_apart(model, rows: Rows) -> bool:
-    """Whether rows packed into a line have the loss that they have alone, tried on a few rows.
-
-    A soft prompt stands before a line's first row only, and some architectures carry a state
-    across position ids that begin anew.
-    """
-    if _soft_prompt(model):
-        return False
-    few = [rows[i] for i in np.argsort(rows.lengths, kind="stable")[:4]]
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    batches = [Collator(0, packing)(few) for packing in (True, False)]
-    packed, alone = (
-        response_loss(model, {k: torch.as_tensor(v, device=device) for k, v in batch.items()})
-        for batch in batches
-    )
-    model.train(training)
-    return torch.allclose(packed, alone, rtol=1e-4 if model.dtype == torch.float32 else 2e-2)
+def _flat(items: Iterable[Any]) -> Iterator[Example]:
+    """The `Example`s among items that are one, or hold several (pairs, rankings)."""
+    for item in items:
+        if isinstance(item, Example):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _flat(item)
 
 
-def _soft_prompt(model) -> bool:
-    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+def _made_with(model: nn.Module, examples: Sequence[Any], config: TrainConfig) -> dict[str, Any]:
+    """What shapes a run: settings, examples, trained shapes, and the frozen weights' sum."""
+    kept = {name: value for name, value in asdict(config).items() if name not in FREE}
+    parameters = dict(model.named_parameters())
+    crc = 0
+    for ids, mask in _flat(examples):
+        crc = zlib.crc32(mask.tobytes(), zlib.crc32(ids.tobytes(), crc))
+    frozen = [p.detach() for p in parameters.values() if not p.requires_grad]
+    total = float(sum(p.abs().sum(dtype=torch.float64) for p in frozen if p.is_floating_point()))
+    shapes = {name: list(p.shape) for name, p in parameters.items() if p.requires_grad}
+    return kept | {"examples": crc, "frozen weights": f"{total:.6e}", "trained weights": shapes}
 
 
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+def _checkpoint(folder: str, made: dict[str, Any]) -> str | None:
+    """The newest complete checkpoint in or below `folder`, if it was made with the same."""
+    if not folder:
+        return None
+    found = _complete(Path(folder).expanduser())
+    if not found:
+        raise FileNotFoundError(
+            f"resume: expected a folder with a complete checkpoint, found none in {folder}; leave "
+            "resume empty to start at step 0"
+        )
+    refuse_other(found[0], json.loads((found[0] / MADE_WITH).read_text("utf-8")), made)
+    return str(found[0])
 
 
-def _last_checkpoint(folder: Path) -> str:
-    """The newest checkpoint that was written to its end; a killed run may leave half a one."""
-    found = [f for f in folder.glob("**/checkpoint-*") if f.name.rpartition("-")[2].isdigit()]
-    for checkpoint in sorted(found, key=lambda f: -int(f.name.rpartition("-")[2])):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((checkpoint / "trainer_state.json").read_text())
-            return str(checkpoint)
-    raise FileNotFoundError(
-        f"resume: expected a folder with a complete checkpoint, found none in {folder}; "
-        "leave resume empty to start at step 0"
-    )
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the newest first: the record comes last."""
+    found = [f.parent for f in folder.glob(f"**/checkpoint-*/{MADE_WITH}")]
+    found += [folder] if (folder / MADE_WITH).is_file() else []
+    return sorted(found, key=lambda f: -int(f.name.rpartition("-")[2]))
+
+
+def _check_unused(folder: Path) -> None:
+    if found := [f for f in _complete(folder) if f.parent == folder]:
+        raise ValueError(
+            f"output_dir: expected a folder without checkpoints for a new run, found "
+            f"{found[0].name} in {folder}; name another, or go on from it by resume"
+        )
+
+
+def refuse_other(source: Path, kept: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises ValueError, naming it, for what a checkpoint was made with and a run is not."""
+    for name in sorted({*kept, *own}):
+        if kept.get(name) != own.get(name):
+            raise ValueError(
+                f"resume: {source} was made with {name} = {str(kept.get(name))[:80]}, got "
+                f"{str(own.get(name))[:80]}; resume with what the run began with"
+            )
