@@ -1,7 +1,5 @@
 """What several sweeps share: a training run on Tinytown, and the scores after it."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 from labkit import data, evaluation, models, tinytown, training
 
 Row = dict[str, Any]
-GENRE_TEXTS = 12  # held-out pretraining texts of each genre
+SETTINGS = {"base": "tinytown", "rows": 2000, "test_rows": 200, "epochs": 2.0, "batch_size": 16}
 
 
 def training_set(tokenizer: Any, rows: int) -> data.Encoded:
@@ -27,13 +25,9 @@ def train(model: Any, examples: Sequence[Any], point: Row, **options: Any) -> Ro
 
 def results(result: training.TrainResult) -> Row:
     """Of a training run, as it is recorded."""
-    return {
-        "train_loss": result.loss,
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "train_seconds": round(result.seconds, 2),
-        "tokens_per_second": round(result.tokens_per_second),
-    }
+    found: Row = {"train_loss": result.loss, "steps": result.steps, "tokens": result.tokens}
+    found["tokens_per_second"] = round(result.tokens_per_second)
+    return found | {"train_seconds": round(result.seconds, 2)}
 
 
 def scores(model: Any, tokenizer: Any, n: int) -> Row:
@@ -44,13 +38,16 @@ def scores(model: Any, tokenizer: Any, n: int) -> Row:
     questions = data.load(split="test", limit=n)
     prompts = {row["prompt"] for row in questions}
     others = [r for r in data.load(split="test", limit=3 * n, seed=1) if r["prompt"] not in prompts]
-    facts = tinytown.instruction_rows("heldout_people", n, families=["fact"])
     return {
         "accuracy": accuracy(model, tokenizer, questions),
-        "facts": accuracy(model, tokenizer, facts),
+        "facts": accuracy(model, tokenizer, rows("heldout_people", n, families=["fact"])),
         "loss": response_loss(model, tokenizer, questions),
         "tuning_loss": response_loss(model, tokenizer, others[:n]),
     }
+
+
+def rows(split: str, n: int, seed: int = 0, families: Sequence[str] | None = None) -> list[Row]:
+    return tinytown.instruction_rows(split, n, seed, families=families)
 
 
 def accuracy(model: Any, tokenizer: Any, rows: list[Row]) -> float:
@@ -62,7 +59,15 @@ def response_loss(model: Any, tokenizer: Any, rows: list[Row]) -> float:
     return evaluation.held_out_loss(model, data.encode(rows, tokenizer, max_length=256))
 
 
-def perplexity(model: Any, tokenizer: Any, texts: int = GENRE_TEXTS) -> tuple[float, Row]:
-    """Of held-out pretraining texts: the geometric mean over the genres, and genre by genre."""
+def perplexity(model: Any, tokenizer: Any, texts: int = 12) -> tuple[float, Row]:
+    """Of so many held-out pretraining texts of each genre: geometric mean, and genre by genre."""
     genres = evaluation.perplexity_by(model, tokenizer, tinytown.genre_samples(texts))
     return statistics.geometric_mean(genres.values()), genres
+
+
+def agreement(found: Any) -> Row:
+    """How a reward model orders pairs: accuracy with its interval, margin, loss, reliability."""
+    low, high = found.interval
+    scores = {"accuracy": found.accuracy, "low": low, "high": high, "margin": found.margin}
+    reliability = {"calibration_error": found.calibration_error(), "loss": found.loss}
+    return scores | reliability | {"calibration": found.calibration()}

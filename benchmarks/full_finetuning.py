@@ -15,8 +15,6 @@ task, facts of the town among them, so that it rehearses some of what pretrainin
     python benchmarks/full_finetuning.py --json benchmarks/results/full_finetuning.json
 """
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Any
 
@@ -27,18 +25,10 @@ from labkit import data, models, tinytown
 from labkit.techniques import full, lora
 
 NARROW = ("sentiment", "arithmetic", "polite")
-DEFAULT: sweep.Row = {
-    "learning_rate": 1e-3,
-    "batch_size": 16,
-    "epochs": 3.0,
-    "warmup_ratio": 0.1,
-    "weight_decay": 0.01,
-    "alpha": 0.0,
-    "replay": 0.0,
-    "frozen_layers": 0,
-    "frozen_embeddings": False,
-    "rank": 0,
-}
+TRAINING = {"learning_rate": 1e-3, "batch_size": 16, "epochs": 3.0}
+TRAINING |= {"warmup_ratio": 0.1, "weight_decay": 0.01}
+TECHNIQUE = {"alpha": 0.0, "replay": 0.0, "frozen_layers": 0, "frozen_embeddings": False, "rank": 0}
+DEFAULT: sweep.Row = TRAINING | TECHNIQUE
 LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 ABLATIONS = {
     "batch_size": (4, 32, 128),
@@ -57,7 +47,6 @@ REMEDIES: tuple[sweep.Row, ...] = (
 
 
 def measure(point: sweep.Row) -> sweep.Row:
-    """One run: trained (unless its stage is "base") and scored."""
     model, tokenizer = models.load(point["base"])
     found: sweep.Row = {}
     if point["stage"] != "base":
@@ -88,32 +77,20 @@ def train(model: Any, tokenizer: Any, point: sweep.Row) -> tuple[Any, sweep.Row]
 
 
 def instruction_rows(split: str, mixture: str, n: int) -> list[sweep.Row]:
-    families = NARROW if mixture == "narrow" else None
-    return tinytown.instruction_rows(split, n, families=families)
+    return common.rows(split, n, families=NARROW if mixture == "narrow" else None)
 
 
 def conditions() -> list[sweep.Row]:
-    """All points without seed and settings: stage, mixture, and what differs from the default."""
-    points: list[sweep.Row] = [{"stage": "base", "mixture": name} for name in ("all", "narrow")]
-    points += [{"stage": "rate", "mixture": "all", "learning_rate": lr} for lr in LEARNING_RATES]
-    points += [
-        {"stage": "dial", "mixture": "all", name: value}
-        for name, values in ABLATIONS.items()
-        for value in values
+    """Stage, mixture, and what differs from the default."""
+    found: list[sweep.Row] = [
+        *({"stage": "base", "mixture": mixture, "seed": 0} for mixture in ("all", "narrow")),
+        *({"stage": "rate", "mixture": "all", "learning_rate": lr} for lr in LEARNING_RATES),
+        *({"stage": "dial", "mixture": "all", n: v} for n, vs in ABLATIONS.items() for v in vs),
+        *({"stage": "remedy", "mixture": "narrow"} | remedy for remedy in REMEDIES),
     ]
-    return points + [{"stage": "remedy", "mixture": "narrow"} | remedy for remedy in REMEDIES]
-
-
-def main() -> None:
-    args = sweep.arguments(__doc__, base="tinytown", rows=500, test_rows=150, genre_rows=12)
-    points = [
-        DEFAULT | condition | {"seed": seed} | args.settings
-        for seed in range(args.seeds)
-        for condition in conditions()
-        if condition["stage"] != "base" or seed == 0
-    ]
-    sweep.run(measure, points, args.json, args.workers, args.only)
+    return [DEFAULT | condition for condition in found]
 
 
 if __name__ == "__main__":
-    main()
+    args = sweep.arguments(__doc__, base="tinytown", rows=500, test_rows=150, genre_rows=12)
+    sweep.over_seeds(measure, conditions(), args)

@@ -13,8 +13,6 @@ whole response must be right, and must end. Lenient match: the right answer occu
     python benchmarks/instruction_tuning.py --json benchmarks/results/instruction_tuning.json
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -23,15 +21,11 @@ import sweep
 
 from labkit import evaluation, models
 from labkit.techniques import instruction
-from labkit.tinytown import instruction_rows
 
 CONDITIONS: dict[str, dict[str, Any]] = {
     "1 phrasing": {"phrasings": 1},
-    "2 phrasings": {"phrasings": 2},
-    "3 phrasings": {"phrasings": 3},
-    "4 phrasings": {"phrasings": 4},
-    "4 families": {"families": 4},
-    "8 families": {"families": 8},
+    **{f"{n} phrasings": {"phrasings": n} for n in (2, 3, 4)},
+    **{f"{n} families": {"families": n} for n in (4, 8)},
     "English only": {"languages": ("en",)},
     "chapter's loss": {},
 }
@@ -39,8 +33,7 @@ POOL = 12_000  # examples that a condition chooses its own from
 
 
 def training_rows(condition: str, count: int, seed: int) -> list[sweep.Row]:
-    """The examples of a condition."""
-    pool = instruction_rows("train", max(POOL, count), seed)
+    pool = common.rows("train", max(POOL, count), seed)
     limits = dict(CONDITIONS[condition])
     if "families" in limits:
         names = sorted({row["task"] for row in pool})
@@ -49,7 +42,6 @@ def training_rows(condition: str, count: int, seed: int) -> list[sweep.Row]:
 
 
 def measure(point: sweep.Row) -> sweep.Row:
-    """One run: trained and scored."""
     model, tokenizer = models.load(point["base"])
     chapter = point["arm"] == "chapter's loss"
     config = instruction.InstructionConfig(learn_prompt=chapter, learn_end=not chapter)
@@ -65,7 +57,7 @@ def scores(model: Any, tokenizer: Any, n: int) -> sweep.Row:
     found = {}
     for split in ("test", "heldout_people", "heldout_phrasings", "heldout_families"):
         families = ["fact"] if split == "heldout_people" else None
-        rows = instruction_rows(split, n, families=families)
+        rows = common.rows(split, n, families=families)
         result = evaluation.exact(model, tokenizer, rows, max_new_tokens=80)
         lenient = [instruction.contains(r, a) for r, a in zip(rows, result.responses, strict=True)]
         encoded = instruction.encode(rows, tokenizer, instruction.InstructionConfig())
@@ -76,17 +68,8 @@ def scores(model: Any, tokenizer: Any, n: int) -> sweep.Row:
     return found
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = sweep.arguments(
         __doc__, base="tinytown", rows=2500, test_rows=200, learning_rate=5e-4, batch_size=16
     )
-    points = [
-        {"arm": condition, "seed": seed} | args.settings
-        for seed in range(args.seeds)
-        for condition in CONDITIONS
-    ]
-    sweep.run(measure, points, args.json, args.workers, args.only)
-
-
-if __name__ == "__main__":
-    main()
+    sweep.over_seeds(measure, [{"arm": name} for name in CONDITIONS], args)

@@ -2,16 +2,12 @@
 
 Every point trains on the same examples for the same steps and is scored on the same questions.
 Each method gets its own learning rate: the one with the least response loss on other questions of
-the test split, with a seed that the comparison does not use. Three are tried for full fine-tuning
-and for LoRA (all linear layers, alpha = 2 r) at r = 2, 8, 16 and 64; r = 1, 4 and 32 take that of
-2, 8 and 16. Where the best is the end of its list, the list goes on by a factor of two, at most
-twice. Full runs also record how much of the update's energy (squared singular values) the first r
-directions hold. `stage` says whether a run is part of the comparison.
+the test split, with a seed that the comparison does not use (`sweep.compare_tuned`). LoRA is on
+all linear layers, alpha = 2 r. Full runs also record how much of the update's energy (squared
+singular values) the first r directions hold.
 
     python benchmarks/lora_rank.py --json benchmarks/results/lora_rank.json
 """
-
-from __future__ import annotations
 
 import common
 import sweep
@@ -29,11 +25,10 @@ LEARNING_RATES = {
     (16,): (2e-3, 4e-3, 8e-3),
     (64,): (5e-4, 1e-3, 2e-3),
 }
-TUNED_AS = {1: 2, 4: 8, 32: 16}
+CONDITIONS = {key: key for key in LEARNING_RATES} | {(1,): (2,), (4,): (8,), (32,): (16,)}
 
 
 def measure(point: sweep.Row) -> sweep.Row:
-    """One run: trained and scored."""
     model, tokenizer = models.load(point["base"])
     full, rank = point["rank"] == FULL, point["rank"]
     origin = spectra.weights(model) if full and point["stage"] == "compare" else None
@@ -47,13 +42,6 @@ def measure(point: sweep.Row) -> sweep.Row:
     return found
 
 
-def main() -> None:
-    args = sweep.arguments(
-        __doc__, base="tinytown", rows=2000, test_rows=200, epochs=2.0, batch_size=16
-    )
-    conditions = {(rank,): (TUNED_AS.get(rank, rank),) for rank in (FULL, *RANKS)}
-    sweep.compare_tuned(measure, ("rank",), LEARNING_RATES, conditions, args)
-
-
 if __name__ == "__main__":
-    main()
+    args = sweep.arguments(__doc__, **common.SETTINGS)
+    sweep.compare_tuned(measure, ("rank",), LEARNING_RATES, CONDITIONS, args)

@@ -1,17 +1,14 @@
 """What does a base of four bits cost, by data type and block size? The recorded sweep of 03_qlora.
 
 Every run puts the base's linear layers into one data type with one block size (scales in 8 bits),
-trains LoRA on it and scores it; "none" is LoRA on the weights as they are. All runs see the same
-examples for the same steps at the same settings, and are scored on the same questions. What is
-trained on is Ŵ in full precision, which is what a layer in four bits computes with: forward and
-gradients are equal, as the tests show, and every type and size can be had. Recorded as well: the
-error of the weights, |Ŵ - W|² over |W|² under the root, and the perplexity of the base on held-out
-pretraining text once it is quantized, before anything is trained.
+trains LoRA on it and scores it; "none" is LoRA on the weights as they are. What is trained on is Ŵ
+in full precision, which is what a layer in four bits computes with: forward and gradients are
+equal, as the tests show, and every type and size can be had. Recorded as well: the error of the
+weights, |Ŵ - W|² over |W|² under the root, and the perplexity of the base on held-out pretraining
+text once it is quantized, before anything is trained.
 
     python benchmarks/qlora_types.py --json benchmarks/results/qlora_types.json
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -22,52 +19,40 @@ import torch
 from labkit import models
 from labkit.techniques import lora, quantization
 
-TYPES = ("nf4", "fp4", "int4")
-BLOCK_SIZES = (64, 512, 4096)
-RANK = 8
+TYPES = [
+    ("none", 0),
+    *((name, size) for size in (64, 512, 4096) for name in ("nf4", "fp4", "int4")),
+]
 
 
 def measure(point: sweep.Row) -> sweep.Row:
-    """One run: quantized, measured, trained, scored."""
     model, tokenizer = models.load(point["base"])
     found = {"error": 0.0, "bits": 32.0}
     if point["data_type"] != "none":
-        found["error"] = round_trip(model, point["data_type"], point["block_size"])
+        found["error"] = quantize(model, point["data_type"], point["block_size"])
         found["bits"] = quantization.bits_per_weight(point["block_size"])
     found["perplexity"], _ = common.perplexity(model, tokenizer)
     torch.manual_seed(point["seed"])
-    model = lora.attach(model, lora.LoraConfig(rank=RANK, alpha=2.0 * RANK))
+    model = lora.attach(model, lora.LoraConfig(rank=8, alpha=16.0))
     found |= common.train(model, common.training_set(tokenizer, point["rows"]), point)
     return found | common.scores(model, tokenizer, point["test_rows"])
 
 
 @torch.no_grad()
-def round_trip(model: Any, data_type: str, block_size: int) -> float:
+def quantize(model: Any, data_type: str, block_size: int) -> float:
     """Puts Ŵ in the place of every W, and returns the relative error over all of them."""
-    table, error, size = quantization.TABLES[data_type](), 0.0, 0.0
+    table, error, size = quantization.TABLES[data_type], 0.0, 0.0
     for layer in lora.find_targets(model).values():
         weight = layer.weight
-        quantized = quantization.store(weight, table, block_size, double=True)
-        restored = quantization.rebuild(quantized, weight.shape, table, block_size)
-        error += (restored - weight).double().square().sum().item()
+        quantized = quantization.quantize(weight, table, block_size, double=True)
+        approximate = quantization.dequantize(quantized, weight.shape, table, block_size)
+        error += (approximate - weight).double().square().sum().item()
         size += weight.double().square().sum().item()
-        weight.copy_(restored)
+        weight.copy_(approximate)
     return float((error / size) ** 0.5)
 
 
-def main() -> None:
-    args = sweep.arguments(
-        __doc__, base="tinytown", rows=2000, test_rows=200, epochs=2.0, batch_size=16,
-        learning_rate=4e-3,
-    )  # fmt: skip
-    conditions = [("none", 0), *((name, size) for size in BLOCK_SIZES for name in TYPES)]
-    points = [
-        {"data_type": name, "block_size": size, "seed": seed} | args.settings
-        for seed in range(args.seeds)
-        for name, size in conditions
-    ]
-    sweep.run(measure, points, args.json, args.workers, args.only)
-
-
 if __name__ == "__main__":
-    main()
+    args = sweep.arguments(__doc__, **common.SETTINGS, learning_rate=4e-3)
+    conditions = [{"data_type": name, "block_size": size} for name, size in TYPES]
+    sweep.over_seeds(measure, conditions, args)

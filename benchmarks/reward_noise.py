@@ -10,10 +10,7 @@ that noise reversed.
     python benchmarks/reward_noise.py --json benchmarks/results/reward_noise.json
 """
 
-from __future__ import annotations
-
 from itertools import combinations
-from typing import Any
 
 import common
 import sweep
@@ -23,11 +20,10 @@ from labkit.techniques import reward
 from labkit.tinytown import rankings
 
 NOISES = (0.0, 0.1, 0.2, 0.3, 0.4)
-PAIRS = ("all", "one")
 
 
 def measure(point: sweep.Row) -> sweep.Row:
-    """One run: trained and scored. The seed draws prompts, responses, noise and order."""
+    """The seed draws prompts, responses, noise and order."""
     model, tokenizer = models.load(point["base"])
     train = rankings(point["rows"], noise=point["noise"], seed=point["seed"])
     clean = rankings(point["rows"], noise=0.0, seed=point["seed"])
@@ -36,7 +32,8 @@ def measure(point: sweep.Row) -> sweep.Row:
     learned, result = reward.train(model, tokenizer, train, config, progress=False)
     found = common.results(result) | {"flipped": flipped(train, clean)}
     test = rankings(point["test_rows"], noise=0.0, seed=0, split="test")
-    return found | scores(reward.evaluate(learned, test))
+    scored = reward.evaluate(learned, test)
+    return found | {"pairs_scored": len(scored.margins)} | common.agreement(scored)
 
 
 def flipped(noisy: list[sweep.Row], clean: list[sweep.Row]) -> float:
@@ -49,34 +46,8 @@ def flipped(noisy: list[sweep.Row], clean: list[sweep.Row]) -> float:
     return sum(reversed_) / len(reversed_)
 
 
-def scores(found: reward.Agreement) -> dict[str, Any]:
-    """Agreement with held-out rankings, and its reliability bins."""
-    low, high = found.interval
-    return {
-        "pairs_scored": len(found.margins),
-        "accuracy": found.accuracy,
-        "low": low,
-        "high": high,
-        "margin": found.margin,
-        "loss": found.loss,
-        "calibration": found.calibration(),
-        "calibration_error": found.calibration_error(),
-    }
-
-
-def main() -> None:
-    args = sweep.arguments(
-        __doc__, base="tinytown", rows=400, test_rows=200, epochs=1.0, learning_rate=1e-3,
-        batch_size=16,
-    )  # fmt: skip
-    points = [
-        {"pairs": pairs, "noise": noise, "seed": seed} | args.settings
-        for seed in range(args.seeds)
-        for noise in NOISES
-        for pairs in PAIRS
-    ]
-    sweep.run(measure, points, args.json, args.workers, args.only)
-
-
 if __name__ == "__main__":
-    main()
+    settings = {"rows": 400, "epochs": 1.0, "learning_rate": 1e-3}
+    args = sweep.arguments(__doc__, **common.SETTINGS | settings)
+    conditions = [{"pairs": p, "noise": n} for n in NOISES for p in ("all", "one")]
+    sweep.over_seeds(measure, conditions, args)
