@@ -37,17 +37,14 @@ def scores(model: Any, tokenizer: Any, n: int) -> Row:
     """
     questions = data.load(split="test", limit=n)
     prompts = {row["prompt"] for row in questions}
+    facts = tinytown.instruction_rows("heldout_people", n, families=["fact"])
     others = [r for r in data.load(split="test", limit=3 * n, seed=1) if r["prompt"] not in prompts]
     return {
         "accuracy": accuracy(model, tokenizer, questions),
-        "facts": accuracy(model, tokenizer, rows("heldout_people", n, families=["fact"])),
+        "facts": accuracy(model, tokenizer, facts),
         "loss": response_loss(model, tokenizer, questions),
         "tuning_loss": response_loss(model, tokenizer, others[:n]),
     }
-
-
-def rows(split: str, n: int, seed: int = 0, families: Sequence[str] | None = None) -> list[Row]:
-    return tinytown.instruction_rows(split, n, seed, families=families)
 
 
 def accuracy(model: Any, tokenizer: Any, rows: list[Row]) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 
 import common
 import sweep
+import torch
 
 from labkit import data, models, tinytown
 from labkit.techniques import full, lora
@@ -44,6 +45,12 @@ REMEDIES: tuple[sweep.Row, ...] = (
     {"frozen_layers": 2, "frozen_embeddings": True},
     {"rank": 8, "learning_rate": 4e-3},
 )
+CONDITIONS: list[sweep.Row] = [
+    *({"stage": "base", "mixture": mixture, "seed": 0} for mixture in ("all", "narrow")),
+    *({"stage": "rate", "mixture": "all", "learning_rate": lr} for lr in LEARNING_RATES),
+    *({"stage": "dial", "mixture": "all", n: v} for n, vs in ABLATIONS.items() for v in vs),
+    *({"stage": "remedy", "mixture": "narrow"} | remedy for remedy in REMEDIES),
+]
 
 
 def measure(point: sweep.Row) -> sweep.Row:
@@ -65,6 +72,7 @@ def train(model: Any, tokenizer: Any, point: sweep.Row) -> tuple[Any, sweep.Row]
     """The model, trained on examples that are the same for every seed."""
     names = ("alpha", "replay", "frozen_layers", "frozen_embeddings")
     config = full.FullConfig(**{name: point[name] for name in names})
+    torch.manual_seed(point["seed"])
     if rank := point["rank"]:
         model = lora.attach(model, lora.LoraConfig(rank, 2.0 * rank))
     else:
@@ -73,24 +81,13 @@ def train(model: Any, tokenizer: Any, point: sweep.Row) -> tuple[Any, sweep.Row]
     pretraining = [text for _, text in islice(tinytown.documents(seed=0), point["rows"])]
     mixed = full.mix_replay(rows, pretraining, config.replay)
     encoded = data.encode(mixed, tokenizer, max_length=256)
-    return model, common.train(model, encoded, point, extra_loss=full.l2_sp(model, config))
+    return model, common.train(model, encoded, point, extra_loss=full.penalty(model, config))
 
 
 def instruction_rows(split: str, mixture: str, n: int) -> list[sweep.Row]:
-    return common.rows(split, n, families=NARROW if mixture == "narrow" else None)
-
-
-def conditions() -> list[sweep.Row]:
-    """Stage, mixture, and what differs from the default."""
-    found: list[sweep.Row] = [
-        *({"stage": "base", "mixture": mixture, "seed": 0} for mixture in ("all", "narrow")),
-        *({"stage": "rate", "mixture": "all", "learning_rate": lr} for lr in LEARNING_RATES),
-        *({"stage": "dial", "mixture": "all", n: v} for n, vs in ABLATIONS.items() for v in vs),
-        *({"stage": "remedy", "mixture": "narrow"} | remedy for remedy in REMEDIES),
-    ]
-    return [DEFAULT | condition for condition in found]
+    return tinytown.instruction_rows(split, n, families=NARROW if mixture == "narrow" else None)
 
 
 if __name__ == "__main__":
     args = sweep.arguments(__doc__, base="tinytown", rows=500, test_rows=150, genre_rows=12)
-    sweep.over_seeds(measure, conditions(), args)
+    sweep.over_seeds(measure, [DEFAULT | condition for condition in CONDITIONS], args)

@@ -21,6 +21,7 @@ import sweep
 
 from labkit import evaluation, models
 from labkit.techniques import instruction
+from labkit.tinytown import instruction_rows
 
 CONDITIONS: dict[str, dict[str, Any]] = {
     "1 phrasing": {"phrasings": 1},
@@ -33,7 +34,7 @@ POOL = 12_000  # examples that a condition chooses its own from
 
 
 def training_rows(condition: str, count: int, seed: int) -> list[sweep.Row]:
-    pool = common.rows("train", max(POOL, count), seed)
+    pool = instruction_rows("train", max(POOL, count), seed)
     limits = dict(CONDITIONS[condition])
     if "families" in limits:
         names = sorted({row["task"] for row in pool})
@@ -57,7 +58,7 @@ def scores(model: Any, tokenizer: Any, n: int) -> sweep.Row:
     found = {}
     for split in ("test", "heldout_people", "heldout_phrasings", "heldout_families"):
         families = ["fact"] if split == "heldout_people" else None
-        rows = common.rows(split, n, families=families)
+        rows = instruction_rows(split, n, families=families)
         result = evaluation.exact(model, tokenizer, rows, max_new_tokens=80)
         lenient = [instruction.contains(r, a) for r, a in zip(rows, result.responses, strict=True)]
         encoded = instruction.encode(rows, tokenizer, instruction.InstructionConfig())

@@ -1,8 +1,7 @@
 """Full fine-tuning, LoRA, QLoRA, prefix and adapter on the same examples: the recorded runs of 12.
 
 Examples, questions and the search for learning rates are those of `lora_rank.py`. Each method has
-the size that its own notebook has by default, and the learning rate that its own recorded sweep
-found best at that size; where there is no such sweep (QLoRA), it is searched here. Recorded:
+the size that its own notebook has by default. Recorded of each run that is compared:
 
     share                   of parameters that train, of all in full precision and those added
     tokens_per_second       in training, as labkit trains the method: short examples are packed,
@@ -30,7 +29,7 @@ import common
 import sweep
 import torch
 
-from labkit import memory, models, record, training
+from labkit import memory, models, tinytown, training
 from labkit.techniques import adapter, full, lora, prefix, qlora
 
 LORA = lora.LoraConfig(rank=8, alpha=16.0)
@@ -41,13 +40,13 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "prefix": (prefix, prefix.PrefixConfig(16)),
     "adapter": (adapter, adapter.AdapterConfig(24)),
 }
-SWEEPS: dict[str, tuple[str, sweep.Row]] = {  # that searched a learning rate, and their name for it
-    "full": ("lora_rank", {"rank": 0}),
-    "LoRA": ("lora_rank", {"rank": 8}),
-    "prefix": ("prefix_length", {"kind": "plain", "length": 16}),
-    "adapter": ("adapter_bottleneck", {"placement": "houlsby", "bottleneck": 24}),
+LEARNING_RATES = {  # as in the sweeps of the methods' own notebooks
+    ("full",): (2.5e-4, 5e-4, 1e-3),
+    ("LoRA",): (2e-3, 4e-3, 8e-3),
+    ("QLoRA",): (2e-3, 4e-3, 8e-3),
+    ("prefix",): (0.15, 0.3, 0.6),
+    ("adapter",): (2e-3, 4e-3, 8e-3),
 }
-LEARNING_RATES = {("QLoRA",): (2e-3, 4e-3, 8e-3)}
 STEPS, ROUNDS = 10, 6  # of training, in turns
 
 
@@ -62,7 +61,7 @@ def measure(point: sweep.Row) -> sweep.Row:
     found |= common.scores(model, tokenizer, point["test_rows"])
     if compared:
         for name in ("phrasings", "families"):
-            rows = common.rows(f"heldout_{name}", point["test_rows"])
+            rows = tinytown.instruction_rows(f"heldout_{name}", point["test_rows"])
             found[name] = common.accuracy(model, tokenizer, rows)
         found["perplexity"], _ = common.perplexity(model, tokenizer)
         found |= sizes(model, original, tokenizer) | latency(method, model, original)
@@ -135,17 +134,7 @@ def seconds(model: Any, batch: torch.Tensor, new: int = 8) -> tuple[float, float
     return middle - began, (time.perf_counter() - middle) / new
 
 
-def searched(method: str) -> tuple[str] | float:
-    """The learning rate of the comparison in the method's own sweep, if it has one."""
-    if method not in SWEEPS:
-        return (method,)
-    question, own = SWEEPS[method]
-    wanted = (own | {"stage": "compare"}).items()
-    runs = record.recorded(question)["runs"]
-    return next(run["learning_rate"] for run in runs if wanted <= run.items())
-
-
 if __name__ == "__main__":
     args = sweep.arguments(__doc__, **common.SETTINGS)
-    conditions = {(method,): searched(method) for method in METHODS}
+    conditions = {key: key for key in LEARNING_RATES}
     sweep.compare_tuned(measure, ("method",), LEARNING_RATES, conditions, args)

@@ -22,7 +22,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM
 
-from labkit import data, evaluation, files, models, record, templates
+from labkit import data, evaluation, models, record, templates
 from labkit.techniques import reward
 
 Row = sweep.Row
@@ -63,7 +63,7 @@ def language_model(rows: Sequence[Row], point: Row) -> tuple[Any, Any, float]:
 
 def measure(point: Row) -> Row:
     """One fold: everything trained on the others, and scored on this one."""
-    rows = usable(data.convert(files.read(point["data"]), point["data"]))[: point["limit"] or None]
+    rows = usable(data.convert(data.read(point["data"]), point["data"]))[: point["limit"] or None]
     held_out = [row for row in rows if fold_of(row, point["folds"]) == point["fold"]]
     train = [row for row in rows if fold_of(row, point["folds"]) != point["fold"]]
     model, tokenizer, reading_loss = language_model(train, point)

@@ -97,21 +97,16 @@ def _each(function: Measure, points: Sequence[Row], workers: int) -> Iterator[Ro
     if workers < 2:
         yield from map(function, points)
         return
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
-    context = multiprocessing.get_context("spawn")
-    shares = context.SimpleQueue()
-    for i in range(workers):
-        shares.put(cores[i % max(1, len(cores)) :: workers])
-    with context.Pool(workers, _pin, (shares,)) as pool:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    pin = _pin if hasattr(os, "sched_setaffinity") else None
+    with multiprocessing.get_context("spawn").Pool(workers, pin, (workers,)) as pool:
         yield from pool.imap_unordered(function, points)
 
 
-def _pin(shares: Any) -> None:
-    cores = shares.get()
-    shares.put(cores)  # for the worker that replaces a dead one
-    if cores:
-        os.sched_setaffinity(0, cores)
+def _pin(workers: int) -> None:
+    cores, name = sorted(os.sched_getaffinity(0)), multiprocessing.current_process().name
+    number = int(name.rpartition("-")[2])
+    os.sched_setaffinity(0, cores[number % workers :: workers] or cores)
 
 
 def compare_tuned(
@@ -130,32 +125,26 @@ def compare_tuned(
     named = {key: dict(zip(fields, key, strict=True)) for key in {**learning_rates, **conditions}}
     wanted = {key: via for key, via in conditions.items() if selected([named[key]], args.only)}
     todo = {key: lrs for key, lrs in learning_rates.items() if key in wanted.values()}
-    found: dict[Key, dict[float, float]] = {key: {} for key in todo}
+    tuning: dict[Key, Row] = {
+        key: {"stage": "tune"} | named[key] | {"seed": TUNING_SEED} | args.settings for key in todo
+    }
+    best: dict[Key, float] = {}
     for _ in range(3):
-        for_all = {"seed": TUNING_SEED} | args.settings
-        points = [
-            {"stage": "tune"} | named[key] | {"learning_rate": lr} | for_all
-            for key, lrs in todo.items()
-            for lr in lrs
-        ]
+        points = [tuning[key] | {"learning_rate": lr} for key, lrs in todo.items() for lr in lrs]
         rows = run(measure, points, args.json, args.workers)
-        for key in found:
-            like = ({"stage": "tune"} | named[key] | for_all).items()
-            tried = {r["learning_rate"]: r["tuning_loss"] for r in rows if like <= r.items()}
-            found[key] = dict(sorted(tried.items()))
-        todo = {key: (lr,) for key, losses in found.items() if (lr := _beyond(losses))}
-    best = {via: min(found[via], key=found[via].__getitem__) for via in found}
+        todo = {}
+        for key, like in tuning.items():
+            tried = {
+                r["learning_rate"]: r["tuning_loss"] for r in rows if like.items() <= r.items()
+            }
+            best[key] = min(sorted(tried), key=tried.__getitem__)
+            if best[key] in (min(tried), max(tried)):
+                todo[key] = (best[key] / 2 if best[key] == min(tried) else best[key] * 2,)
     compared = [
         {"stage": "compare"} | named[key] | {"learning_rate": best.get(via, via)}
         for key, via in wanted.items()
     ]
     over_seeds(measure, compared, args)
-
-
-def _beyond(losses: Mapping[float, float]) -> float | None:
-    """The next learning rate to try if the best one is the first or the last of those tried."""
-    tried, best = list(losses), min(losses, key=losses.__getitem__)
-    return best / 2 if best == tried[0] else best * 2 if best == tried[-1] else None
 
 
 def compare(new: Path, recorded: Path) -> None:
