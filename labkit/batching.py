@@ -11,9 +11,9 @@ model keeps packed examples apart is tried in `logprobs.keeps_apart`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -110,6 +110,15 @@ def pack(examples: Sequence[Example], packing: bool = True, pad_id: int = 0) -> 
         ends=torch.from_numpy(starts + lengths - 1),
         tokens=sum(lengths),
     )
+
+
+def flat(items: Iterable[Any]) -> Iterator[Example]:
+    """The `Example`s among items that are one, or hold several (pairs, rankings)."""
+    for item in items:
+        if isinstance(item, Example):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from flat(item)
 
 
 def _fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:

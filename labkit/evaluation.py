@@ -7,17 +7,18 @@ belong here too, once there are models to compare by them.
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from . import models
+from .batching import Example, pack
 from .templates import Row, prompt_text, renderer, response
 
 Check = Callable[[Row, str], bool]
@@ -80,7 +81,7 @@ def exact(
     rows: list[Row],
     *,
     template: str = "auto",
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 128,
     check: Check | None = None,
 ) -> Evaluation:
@@ -88,7 +89,7 @@ def exact(
 
     check: `check(row, response) -> bool`. Default: Tinytown's exact checker for its rows (those
     with `task` and `lang`), else equality with the completion up to case, spacing, Unicode form
-    and a final full stop.
+    and a final full stop. max_new_tokens: by default as many as the longest right answer has.
     """
     from .generate import generate
 
@@ -96,10 +97,21 @@ def exact(
         raise ValueError("rows: expected at least one row to evaluate on, got none")
     render_row = renderer(tokenizer, template)
     prompts = [render_row(row)[0] for row in rows]
-    responses = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens or _longest(rows, tokenizer),
+        batch_size=batch_size,
     )
-    return score(rows, responses, check)
+    return score(rows, answers, check)
+
+
+def _longest(rows: list[Row], tokenizer: Any) -> int:
+    """Tokens of the longest right answer, and one for EOS."""
+    texts = [text for row in rows for text in (response(row), *row.get("accept", ()))]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return max(map(len, ids)) + 1
 
 
 def score(rows: list[Row], responses: list[str], check: Check | None = None) -> Evaluation:
@@ -132,20 +144,18 @@ def perplexity(
     a text's first is predicted exactly once. Padding does not count.
     """
     if isinstance(texts, str) or not texts:
-        raise ValueError("texts: expected a list of at least one text, got "
-                         + ("a single text" if texts else "none"))  # fmt: skip
+        raise ValueError(f"texts: expected a list of at least one text, got {texts!r:.80}")
     max_length = min(max_length, models.context_length(model) or max_length)
     if max_length < 2:
         raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
     windows = [
-        ids[start : start + max_length]
+        np.array(ids[start : start + max_length])
         for ids in tokenizer(list(texts), verbose=False)["input_ids"]
         for start in range(0, max(len(ids) - 1, 0), max_length - 1)
     ]
     if not windows:
         raise ValueError("texts: expected texts of at least two tokens, got only shorter ones")
-    masks = [[1] * len(ids) for ids in windows]
-    return math.exp(_mean_nll(model, windows, masks, batch_size))
+    return math.exp(held_out_loss(model, [Example(w, w * 0 + 1) for w in windows], batch_size))
 
 
 def perplexity_by(
@@ -155,92 +165,22 @@ def perplexity_by(
     return {genre: perplexity(model, tokenizer, t, **options) for genre, t in texts.items()}
 
 
-def held_out_loss(model: Any, dataset: Any, *, batch_size: int = 32) -> float:
-    """Mean loss per response token (nats) over an encoded dataset: `Encoded.dataset`."""
-    masks = list(dataset["completion_mask"])
-    return _mean_nll(model, list(dataset["input_ids"]), masks, batch_size)
-
-
-def _mean_nll(
-    model: Any, sequences: list[list[int]], masks: list[list[int]], batch_size: int
-) -> float:
-    """Mean of −log p over the tokens whose mask is 1 and that have a token before them."""
+def held_out_loss(model: Any, examples: Sequence[Example], batch_size: int = 32) -> float:
+    """Mean loss per response token, in nats, over encoded examples (`data.encode`)."""
     import torch
 
-    from .logprobs import token_logps
+    from .logprobs import evaluating, response_logps
 
-    device = next(model.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    total, count = 0.0, 0
-    with _evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            ids = _padded([sequences[i] for i in chosen]).to(device)
-            mask = _padded([masks[i] for i in chosen]).to(device)[:, 1:].bool()
-            attention = _padded([[1] * len(sequences[i]) for i in chosen]).to(device)
-            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-            logps = token_logps(logits, ids)
-            total -= logps[mask].double().sum().item()
-            count += int(mask.sum())
-    if not count:
-        raise ValueError("dataset: expected response tokens to score, got masks that are all zero")
+    if not any(example.mask[1:].any() for example in examples):
+        raise ValueError("examples: expected response tokens to score, got none")
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(ordered), batch_size):
+            batch = pack(ordered[start : start + batch_size], packing=False).to(device)
+            total -= response_logps(model, batch).double().sum().item()
+            count += len(batch.targets)
     return total / count
-
-
-def _padded(sequences: list[list[int]]) -> Any:
-    """(B, T) int64, zeros on the right; the attention mask keeps them out of everything."""
-    import torch
-
-    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """A table of texts, shown as HTML (escaped) or plain text."""
-
-    columns: tuple[str, ...]
-    cells: Sequence[tuple[str, ...]]
-
-    def _repr_html_(self) -> str:
-        style = 'style="text-align:left;vertical-align:top;white-space:pre-wrap"'
-        head = "".join(f"<th {style}>{html.escape(name)}</th>" for name in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td {style}>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.cells
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-    def __repr__(self) -> str:
-        width = max(map(len, self.columns))
-        names = [f"{name:>{width}} | " for name in self.columns]
-        blocks = (map("".join, zip(names, row, strict=True)) for row in self.cells)
-        return "\n\n".join("\n".join(block) for block in blocks)
-
-
-def side_by_side(
-    rows: list[Row], before: Sequence[str], after: Sequence[str], n: int = 5
-) -> SideBySide:
-    """n rows, spread evenly: prompt, expected answer, answers before and after training."""
-    if not len(rows) == len(before) == len(after):
-        raise ValueError(
-            f"before, after: expected one answer for each of {len(rows)} rows, got "
-            f"{len(before)} and {len(after)}"
-        )
-    count = min(n, len(rows))
-    chosen = [j * len(rows) // count for j in range(count)]
-    cells = [(prompt_text(rows[i]), response(rows[i]), before[i], after[i]) for i in chosen]
-    return SideBySide(("prompt", "expected", "before", "after"), cells)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

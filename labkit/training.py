@@ -13,7 +13,6 @@ is read off the device once an entry. What a technique changes in the model, it 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -21,8 +20,7 @@ import resource
 import shutil
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers import TrainingArguments as Arguments
 from transformers.training_args import OptimizerNames
 
-from labkit.batching import Batch, Example, Shuffled, pack
+from labkit import checkpoints
+from labkit.batching import Batch, Shuffled, flat, pack
 from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
 from labkit.logprobs import (
     evaluating,
@@ -61,7 +60,6 @@ logger = logging.getLogger("labkit")
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 ENTRIES = 200  # of a history, each the mean over as many steps, so that a record stays small
 FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
-MADE_WITH = "made_with.json"
 
 
 @settings
@@ -158,10 +156,7 @@ def fit(
     """
     config = config or TrainConfig()
     packing = _check(model, examples, config, output_dir)
-    made = _made_with(model, examples, config) if config.save_steps or config.resume else {}
-    checkpoint = _checkpoint(config.resume, made)
-    if config.save_steps and not config.resume:
-        _check_unused(Path(str(output_dir)))
+    made, checkpoint = _resumed(model, examples, config, output_dir)
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
@@ -209,7 +204,7 @@ def mean_loss(
 ) -> float:
     """The mean of `loss` over examples, in eval mode; those of similar length share a batch."""
     device, total, weight = next(model.parameters()).device, 0.0, 0
-    ordered = sorted(examples, key=lambda example: sum(len(one.ids) for one in _flat([example])))
+    ordered = sorted(examples, key=lambda example: sum(len(one.ids) for one in flat([example])))
     with evaluating(model):
         for start in range(0, len(ordered), batch_size):
             batch = collate(ordered[start : start + batch_size]).to(device)
@@ -325,7 +320,7 @@ class _Trainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / MADE_WITH).write_text(json.dumps(self.made), encoding="utf-8")
+            checkpoints.complete(folder, self.made)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # counting walks over all parameters at each step
@@ -420,7 +415,7 @@ def _check_examples(model: nn.Module, examples: Sequence[Any]) -> None:
         raise ValueError("examples: expected at least one, got none")
     context, entries = context_length(model), base_model(model).get_input_embeddings()
     for number, item in enumerate(examples, start=1):
-        for ids, mask in _flat([item]):
+        for ids, mask in flat([item]):
             if len(ids) != len(mask) or not mask[1:].any():
                 raise ValueError(
                     f"example {number}: expected as many mask entries as ids, and a response token"
@@ -438,62 +433,15 @@ def _check_examples(model: nn.Module, examples: Sequence[Any]) -> None:
                 )
 
 
-def _flat(items: Iterable[Any]) -> Iterator[Example]:
-    """The `Example`s among items that are one, or hold several (pairs, rankings)."""
-    for item in items:
-        if isinstance(item, Example):
-            yield item
-        elif isinstance(item, (list, tuple)):
-            yield from _flat(item)
-
-
-def _made_with(model: nn.Module, examples: Sequence[Any], config: TrainConfig) -> dict[str, Any]:
-    """What shapes a run: settings, examples, trained shapes, and the frozen weights' sum."""
+def _resumed(
+    model: nn.Module, examples: Sequence[Any], config: TrainConfig, output_dir: Any
+) -> tuple[dict[str, Any], str | None]:
+    """What the run is made with, and the checkpoint that it goes on from."""
+    if not config.save_steps and not config.resume:
+        return {}, None
     kept = {name: value for name, value in asdict(config).items() if name not in FREE}
-    parameters = dict(model.named_parameters())
-    crc = 0
-    for ids, mask in _flat(examples):
-        crc = zlib.crc32(mask.tobytes(), zlib.crc32(ids.tobytes(), crc))
-    frozen = [p.detach() for p in parameters.values() if not p.requires_grad]
-    total = float(sum(p.abs().sum(dtype=torch.float64) for p in frozen if p.is_floating_point()))
-    shapes = {name: list(p.shape) for name, p in parameters.items() if p.requires_grad}
-    return kept | {"examples": crc, "frozen weights": f"{total:.6e}", "trained weights": shapes}
-
-
-def _checkpoint(folder: str, made: dict[str, Any]) -> str | None:
-    """The newest complete checkpoint in or below `folder`, if it was made with the same."""
-    if not folder:
-        return None
-    found = _complete(Path(folder).expanduser())
-    if not found:
-        raise FileNotFoundError(
-            f"resume: expected a folder with a complete checkpoint, found none in {folder}; leave "
-            "resume empty to start at step 0"
-        )
-    refuse_other(found[0], json.loads((found[0] / MADE_WITH).read_text("utf-8")), made)
-    return str(found[0])
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, the newest first: the record comes last."""
-    found = [f.parent for f in folder.glob(f"**/checkpoint-*/{MADE_WITH}")]
-    found += [folder] if (folder / MADE_WITH).is_file() else []
-    return sorted(found, key=lambda f: -int(f.name.rpartition("-")[2]))
-
-
-def _check_unused(folder: Path) -> None:
-    if found := [f for f in _complete(folder) if f.parent == folder]:
-        raise ValueError(
-            f"output_dir: expected a folder without checkpoints for a new run, found "
-            f"{found[0].name} in {folder}; name another, or go on from it by resume"
-        )
-
-
-def refuse_other(source: Path, kept: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raises ValueError, naming it, for what a checkpoint was made with and a run is not."""
-    for name in sorted({*kept, *own}):
-        if kept.get(name) != own.get(name):
-            raise ValueError(
-                f"resume: {source} was made with {name} = {str(kept.get(name))[:80]}, got "
-                f"{str(own.get(name))[:80]}; resume with what the run began with"
-            )
+    made = kept | checkpoints.fingerprint(model, examples)
+    if config.resume:
+        return made, str(checkpoints.newest(config.resume, made))
+    checkpoints.check_unused(output_dir)
+    return made, None

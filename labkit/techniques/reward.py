@@ -5,83 +5,57 @@
 This is the model of Bradley and Terry (1952): w is preferred to l with probability
 sigma(r_w - r_l). A ranking of K responses is one element of a batch, so that K forward passes
 serve its K(K-1)/2 pairs; a pair (chosen, rejected) is a ranking of two. The tuned language
-model gets a linear head of one output, read at the last real token, which is the response's end
-token; the chapter (5.5.3) reads the last position, padding in all but the longest text. Only
+model gets a linear head of one output, read at the last real token, which is the response's EOS;
+the chapter (5.5.3) reads the last position, padding in all but the longest text. Only
 differences are learned, so the head needs no bias, and mean 0 and deviation 1 are set afterwards
 on reference samples. Left out: margins between ranks, adapters, a reward for each step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
 import random
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from pydantic import Field
 from torch import Tensor, nn
 
 from labkit import models, training
-from labkit.batching import Shuffled, cuts
+from labkit.batching import Batch, Example, pack
+from labkit.config import Count, Positive, settings
 from labkit.evaluation import wilson
-from labkit.logprobs import position_ids
-from labkit.progress import Meter, Progress, check_finite
-from labkit.speed import as_before, quicken_attention
-from labkit.templates import TEMPLATES, Rendered, Row, renderer, response
+from labkit.formats import Row
+from labkit.templates import Rendered, renderer, response
 
 logger = logging.getLogger("labkit")
 
-PAIRS = ("all", "one")
 
-
-@dataclass(frozen=True)
-class RewardConfig:
+@settings
+class RewardConfig(training.TrainConfig):
     """How rankings are read and learned; the defaults suit a small model on a CPU.
 
     `pairs`: "all" of a ranking, or "one" random pair of each (drawn once, by `seed`), as if no
     more had been compared. `max_length`: longer texts lose their beginning. `batch_size` counts
-    rankings a step and device. The other names mean what they mean in `training.TrainConfig`.
+    rankings. The other names mean what they mean in `training.TrainConfig`.
     """
 
-    pairs: str = "all"
+    batch_size: Count = 16
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    learning_rate: Positive = 1e-3
+    pairs: Literal["all", "one"] = "all"
     template: str = "auto"
-    max_length: int = 256
-    learning_rate: float = 1e-3
-    epochs: float = 1.0
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.01
-    seed: int = 0
-    precision: str = "auto"
-    save_steps: int = 0
-    resume: str = ""
-
-    def __post_init__(self) -> None:
-        _require("pairs", self.pairs, self.pairs in PAIRS, f"one of {', '.join(PAIRS)}")
-        known = self.template in TEMPLATES
-        _require("template", self.template, known, f"one of {', '.join(TEMPLATES)}")
-        _require("max_length", self.max_length, self.max_length >= 2, "at least 2 tokens")
-        self.training()  # checks the rest
-
-    def training(self) -> training.TrainConfig:
-        own = ("pairs", "template", "max_length")
-        return training.TrainConfig(**{k: v for k, v in vars(self).items() if k not in own})
-
-
-def _require(name: str, value: object, holds: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    max_length: Annotated[int, Field(ge=2)] = 256
 
 
 def loss(
@@ -91,10 +65,10 @@ def loss(
 
     `scores` (N,); `pairs` (P, 2): where in `scores` the better and the worse response stand;
     `weights` (P,), which add up to 1 (default: a mean). Metrics, weighted alike: `accuracy`, the
-    share of pairs whose better response scores higher; `margin`, the mean of r_better - r_worse.
-    They stay on the device, so that nothing has to wait for it.
+    fraction of pairs whose better response scores higher; `margin`, the mean of r_better - r_worse.
     """
-    _require("pairs", tuple(pairs.shape), pairs.shape[1:] == (2,) and len(pairs), "(P, 2)")
+    if pairs.shape[1:] != (2,) or not len(pairs):
+        raise ValueError(f"pairs: expected the shape (P, 2), got {tuple(pairs.shape)}")
     margins = (scores[pairs[:, 0]] - scores[pairs[:, 1]]).float()
     if weights is None:
         weights = torch.full_like(margins, 1 / len(margins))
@@ -102,38 +76,70 @@ def loss(
     return value, {"accuracy": weights @ (seen > 0).float(), "margin": weights @ seen}
 
 
-def last_token(attention_mask: Tensor) -> Tensor:
-    """Position of the last real token of each row: (B, T), padded left or right → (B,)."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (attention_mask.bool() * places).argmax(-1)
+@dataclass
+class RankedBatch(Batch):
+    """A batch of the texts of rankings: `pairs` (P, 2) of examples, better and worse, and their
+    `pair_weights` (P,), which give each ranking the same weight."""
+
+    pairs: Tensor
+    pair_weights: Tensor
+    rankings: int
+
+    @property
+    def weight(self) -> int:
+        return self.rankings
+
+
+def pack_rankings(rankings: Sequence[list[Example]], packing: bool = True) -> RankedBatch:
+    """A batch of rankings, each the examples of its texts, the best first."""
+    batch = pack([example for ranking in rankings for example in ranking], packing)
+    pairs, weights, start = [], [], 0
+    for ranking in rankings:
+        new = list(combinations(range(start, start + len(ranking)), 2))
+        pairs += new
+        weights += [1 / len(new) / len(rankings)] * len(new)
+        start += len(ranking)
+    own = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return RankedBatch(
+        **own, pairs=torch.tensor(pairs), pair_weights=torch.tensor(weights), rankings=len(rankings)
+    )
 
 
 class Scorer(nn.Module):
     """r(x, y): the head applied to what the backbone says at the last real token.
 
-    `network` is a sequence classifier of transformers with one output. `input_ids` and
-    `attention_mask` (B, T), padded left or right → (B,), float32.
+    `network` is a sequence classifier of transformers with one output. A batch of E examples →
+    (E,), float32.
     """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.network.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)
-        read = hidden[rows, last_token(attention_mask)]
+    @property
+    def config(self) -> Any:
+        return self.network.config
+
+    def get_base_model(self) -> Any:
+        return self.network
+
+    def forward(self, batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids
+        hidden = self.network.base_model(**inputs).last_hidden_state
+        read = hidden.flatten(0, 1)[batch.ends]
         with torch.autocast(read.device.type, enabled=False):  # bfloat16 has steps of 1/128
             return F.linear(read.float(), self.network.score.weight.float()).squeeze(-1)
 
     def train(self, mode: bool = True) -> Scorer:
         """Stays in eval mode: with dropout, equal texts would differ in score."""
         return super().train(False)
+
+
+def ranking_loss(scorer: nn.Module, batch: RankedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss` of what a `Scorer` gives for a batch: what `training.fit` minimizes."""
+    return loss(scorer(batch), batch.pairs, batch.pair_weights)
 
 
 def with_head(model: Any, tokenizer: Any, seed: int = 0) -> Any:
@@ -143,8 +149,9 @@ def with_head(model: Any, tokenizer: Any, seed: int = 0) -> Any:
     transformers' own sequence classifier, so that it and TRL can load it, and train it.
     """
     if hasattr(model, "peft_config"):
-        raise ValueError("model: expected one without adapters, got one that has them; merge "
-                         "them first: model.merge_and_unload()")  # fmt: skip
+        raise ValueError(
+            "model: expected one without adapters; merge them first: model.merge_and_unload()"
+        )
     backbone, config = copy.deepcopy((model.base_model, model.config))  # they share the config
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     with torch.device("meta"):  # a frame: its weights come from the model
@@ -165,38 +172,38 @@ def best_first(row: Row) -> list[str]:
     """
     if row.get("responses") is not None and row.get("ranks") is not None:
         given, ranks = list(row["responses"]), list(row["ranks"])
-        _require("ranks", ranks, len(ranks) == len(given), f"{len(given)}, one a response")
-        _require("ranks", ranks, all(isinstance(r, Integral) for r in ranks), "whole numbers")
-        _require("ranks", ranks, len(set(ranks)) == len(ranks),
-                 "no ties (decide them, or leave a response out)")  # fmt: skip
+        whole = all(isinstance(rank, Integral) for rank in ranks)
+        if len(ranks) != len(given) or not whole or len(set(ranks)) < len(ranks):
+            raise ValueError(
+                f"ranks: expected {len(given)} whole numbers without ties, one per response, got "
+                f"{ranks}; decide ties, or leave a response out"
+            )
         given = [given[i] for i in sorted(range(len(given)), key=ranks.__getitem__)]
     elif row.get("chosen") is not None and row.get("rejected") is not None:
         given = [row["chosen"], row["rejected"]]
     else:
-        _require("columns", sorted(row), False, "responses and ranks, or chosen and rejected")
-    _require("responses", len(given), len(given) >= 2, "at least two to compare")
+        raise ValueError(f"expected responses and ranks, or chosen and rejected, got {sorted(row)}")
     texts = [response({"completion": text}) for text in given]
-    for place, text in enumerate(texts, start=1):
-        _require(f"response {place} of {len(texts)}, best first", text, text.strip(), "some text")
-        first = texts.index(text) + 1
-        _require(f"responses {first} and {place}, best first", text[:60], first == place,
-                 "different texts")  # fmt: skip
+    if len(texts) < 2 or len(set(texts)) < len(texts) or not all(t.strip() for t in texts):
+        raise ValueError(
+            f"responses: expected two or more, none empty and no two equal, got {str(texts)[:200]}"
+        )
     return texts
 
 
-def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> None:
-    """Raises ValueError, naming the row (from 1), for what cannot be learned from; see `best_first`."""
-    _render(rows, tokenizer, template)
+def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[list[Rendered]]:
+    """Each row's texts in the template, the best first, as (prompt, response).
 
-
-def _render(rows: Sequence[Row], tokenizer: Any, template: str) -> list[list[Rendered]]:
-    """Each row's texts in the template, the best first. Errors name the row, counted from 1."""
+    Raises ValueError, naming the row (from 1), for what cannot be learned from; see `best_first`.
+    """
     models.check_tokenizer(tokenizer, None)
-    _require("rows", len(rows), len(rows), "at least one ranking or pair")
+    if not len(rows):
+        raise ValueError("rows: expected at least one ranking or pair, got none")
     render, rendered = renderer(tokenizer, template), []
     for number, row in enumerate(rows, start=1):
         try:
-            _require("columns", sorted(row), row.get("prompt") is not None, "a prompt")
+            if row.get("prompt") is None:
+                raise ValueError(f"expected a prompt, got the columns {sorted(row)}")
             texts = best_first(row)
             rendered.append([render({"prompt": row["prompt"], "completion": t}) for t in texts])
         except ValueError as error:
@@ -204,24 +211,25 @@ def _render(rows: Sequence[Row], tokenizer: Any, template: str) -> list[list[Ren
     return rendered
 
 
-def _tokenize(rendered: Sequence[Rendered], tokenizer: Any, limit: int) -> list[list[int]]:
-    """Prompt and response apart, as when a policy samples; the end token is never cut off."""
+def _encode(rendered: Sequence[Rendered], tokenizer: Any, limit: int) -> list[Example]:
+    """Prompt and response tokenized apart, as when a policy samples; EOS is never cut off."""
     prompts = list(dict.fromkeys(prompt for prompt, _ in rendered))
     options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     known = dict(zip(prompts, tokenizer(prompts, **options)["input_ids"], strict=True))
     endings = tokenizer([text for _, text in rendered], **options)["input_ids"]
-    rows = [known[prompt] + ids for (prompt, _), ids in zip(rendered, endings, strict=True)]
-    if cut := sum(len(row) > limit for row in rows):
-        logger.warning("%d of %d texts have over %d tokens: beginning cut", cut, len(rows), limit)
-    return [row[-limit:] for row in rows]
-
-
-def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (B, T), padded on the right."""
-    ids = [torch.tensor(row) for row in rows]
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id), mask.long()
+    examples, cut = [], 0
+    for (prompt, _), reply in zip(rendered, endings, strict=True):
+        ids = known[prompt] + reply
+        if len(ids) > limit:
+            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            ids, cut = begin + ids[len(begin) - limit :], cut + 1
+        mask = np.arange(len(ids)) >= len(ids) - len(reply)
+        examples.append(Example(np.array(ids), mask.astype(np.int64)))
+    if cut:
+        logger.warning(
+            "%d of %d texts have over %d tokens: beginning cut", cut, len(examples), limit
+        )
+    return examples
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ class RewardModel:
     """A trained network with all that it takes to score texts: `model(prompts, responses)`.
 
     A reward is (score - mean) / std; see `normalized`. `prompts` are what the `prompt` column of
-    rows holds, text or messages, before any template, which adds a response's end token, too.
+    rows holds, text or messages, before any template, which adds a response's EOS, too.
     """
 
     network: Any
@@ -255,15 +263,14 @@ class RewardModel:
         """Scores of (prompt, response) in their template, as `templates.render` gives them."""
         if not texts:
             return []
-        rows = _tokenize(texts, self.tokenizer, self.max_length)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        examples = _encode(texts, self.tokenizer, self.max_length)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
         scorer, device = Scorer(self.network).eval(), self.network.device
         dtype, found = models.autocast_dtype(self.network), []
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             for start in range(0, len(order), self.batch_size):
-                batch = [rows[i] for i in order[start : start + self.batch_size]]
-                ids, mask = _padded(batch, self.tokenizer.pad_token_id)
-                found.append(scorer(ids.to(device), mask.to(device)))
+                chosen = [examples[i] for i in order[start : start + self.batch_size]]
+                found.append(scorer(pack(chosen, packing=False).to(device)))
         values = torch.cat(found).tolist()  # the device is waited for here only
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
@@ -273,8 +280,8 @@ class RewardModel:
         Take samples of the model that a policy starts from.
         """
         scores = np.array(self.scores(prompts, responses))
-        differ = len(scores) > 1 and scores.std() > 1e-6
-        _require("responses", scores[:5].tolist(), differ, "samples that differ in score")
+        if len(scores) < 2 or scores.std() <= 1e-6:
+            raise ValueError(f"responses: expected samples that differ in score, got {scores[:5]}")
         return replace(self, mean=float(scores.mean()), std=float(scores.std()))
 
     def save(self, folder: str | Path) -> Path:
@@ -288,17 +295,19 @@ class RewardModel:
         """What `save` wrote. Raises FileNotFoundError or ValueError if that is not there."""
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"folder: expected a saved reward model, found none: {folder}")
-        classifier = transformers.AutoModelForSequenceClassification
         config = transformers.AutoConfig.from_pretrained(folder)
-        settings: dict[str, Any] = getattr(config, "reward", {})
-        _require("folder", str(folder), settings, "a model that RewardModel.save wrote")
         with models.no_progress_bar():
-            network, info = classifier.from_pretrained(
+            network, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True
             )
-        _require("folder", sorted(info["missing_keys"]), not info["missing_keys"], "all weights")
+        missing = sorted(info["missing_keys"])
+        if missing or not getattr(config, "reward", None):
+            raise ValueError(
+                f"folder: expected a model that RewardModel.save wrote, got {folder}, which lacks "
+                f"{missing[0] if missing else 'its settings'}"
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return cls(network.to(device).eval(), tokenizer, **settings)
+        return cls(network.to(device).eval(), tokenizer, **config.reward)
 
 
 @dataclass(frozen=True)
@@ -313,7 +322,7 @@ class Agreement:
 
     @property
     def accuracy(self) -> float:
-        """The share of pairs whose better response scores higher."""
+        """The fraction of pairs whose better response scores higher."""
         return sum(margin > 0 for margin in self.margins) / len(self.margins)
 
     @property
@@ -334,13 +343,20 @@ class Agreement:
         """How sure the model was of the response that it preferred, and how often it was right.
 
         Bins of equal width over probabilities from 0.5 to 1, without the empty ones: `predicted`
-        (mean probability), `observed` (share right), `low` and `high` (Wilson), `n` (pairs).
+        (mean probability), `observed` (fraction right), `low` and `high` (Wilson), `n` (pairs).
         """
-        sure = torch.tensor(self.margins, dtype=torch.float64).abs().sigmoid().tolist()
-        groups: dict[int, list[tuple[float, bool]]] = {}
-        for p, margin in zip(sure, self.margins, strict=True):
-            groups.setdefault(min(int((2 * p - 1) * bins), bins - 1), []).append((p, margin > 0))
-        return [_reliability(groups[number]) for number in sorted(groups)]
+        sure = torch.tensor(self.margins, dtype=torch.float64).abs().sigmoid()
+        right = torch.tensor(self.margins) > 0
+        bin_of, found = ((2 * sure - 1) * bins).long().clamp(max=bins - 1), []
+        for number in bin_of.unique().tolist():
+            inside = bin_of == number
+            k, n = int(right[inside].sum()), int(inside.sum())
+            low, high = wilson(k, n)
+            predicted = sure[inside].mean().item()
+            found.append(
+                {"predicted": predicted, "observed": k / n, "low": low, "high": high, "n": n}
+            )
+        return found
 
     def calibration_error(self, bins: int = 5) -> float:
         """Mean of |observed - predicted| over the bins, each counted by its pairs."""
@@ -349,16 +365,9 @@ class Agreement:
         return off / len(self.margins)
 
 
-def _reliability(cases: list[tuple[float, bool]]) -> dict[str, float]:
-    right, n = sum(held for _, held in cases), len(cases)
-    low, high = wilson(right, n)
-    predicted = sum(p for p, _ in cases) / n
-    return {"predicted": predicted, "observed": right / n, "low": low, "high": high, "n": n}
-
-
 def evaluate(model: RewardModel, rows: Sequence[Row]) -> Agreement:
     """Scores each response once and compares all pairs of each ranking with its order."""
-    rendered = _render(rows, model.tokenizer, model.template)
+    rendered = check(rows, model.tokenizer, model.template)
     scores = iter(model.score_rendered([text for ranking in rendered for text in ranking]))
     ranked = [[next(scores) for _ in ranking] for ranking in rendered]
     return Agreement([b - w for r in ranked for b, w in combinations(r, 2)], len(ranked))
@@ -377,107 +386,40 @@ def train(
     """Learns from rankings (`prompt`, `responses`, `ranks`) or pairs (`chosen`, `rejected`).
 
     `model` is a tuned causal model, of which a copy is trained, or a network with a reward head
-    (`with_head`), trained in place. `log(metrics, step)` gets each entry of the history;
-    `output_dir` keeps checkpoints. Raises ValueError before training, naming the row (from 1),
-    and FloatingPointError as soon as the loss is not finite.
+    (`with_head`), trained in place. The rest, and what is raised, is as in `training.fit`.
     """
     config = config or RewardConfig()
-    keeps = output_dir or not config.save_steps
-    _require("save_steps", config.save_steps, keeps, "an output_dir to keep checkpoints in")
-    rendered = _render(rows, tokenizer, config.template)
-    checkpoint = training._last_checkpoint(Path(config.resume)) if config.resume else None
+    rendered = check(rows, tokenizer, config.template)
     network = model if hasattr(model, "score") else with_head(model, tokenizer, config.seed)
-    context = getattr(network.config, "max_position_embeddings", None) or config.max_length
-    reward = RewardModel(network, tokenizer, config.template, min(config.max_length, context))
-    examples = _examples(rendered, reward, config)
-    with contextlib.ExitStack() as stack:
-        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(as_before(network))
-        trainer = _Trainer(reward, examples, config, str(folder), meter := Meter(log))
-        shown = Progress(meter, progress)
-        trainer.add_callback(shown)
-        stack.callback(shown.close)
-        seconds = training._train(trainer, checkpoint)
-    return reward, training._result(trainer, meter, seconds, None)
-
-
-Example = list[list[int]]  # the token ids of a ranking's texts, the best first
+    limit = min(config.max_length, models.context_length(network) or config.max_length)
+    reward = RewardModel(network, tokenizer, config.template, limit)
+    result = training.fit(
+        Scorer(network),
+        _examples(rendered, reward, config),
+        ranking_loss,
+        config,
+        collate=pack_rankings,
+        output_dir=output_dir,
+        log=log,
+        progress=progress,
+    )
+    return reward, result
 
 
 def _examples(
     rendered: list[list[Rendered]], model: RewardModel, config: RewardConfig
-) -> list[Example]:
+) -> list[list[Example]]:
+    """The examples of each ranking; of texts that are equal once they are cut, only the best."""
     draw = random.Random(config.seed)
     if config.pairs == "one":
         rendered = [[r[i] for i in sorted(draw.sample(range(len(r)), 2))] for r in rendered]
     texts = [text for ranking in rendered for text in ranking]
-    ids = iter(_tokenize(texts, model.tokenizer, model.max_length))
-    return [[next(ids) for _ in ranking] for ranking in rendered]
-
-
-class _Collator:
-    """Rankings -> `parts` of texts, sorted by length and cut as in `batching`, and their pairs."""
-
-    def __init__(self, pad_id: int, cut: bool = False) -> None:
-        self.pad_id, self.cut = pad_id, cut
-
-    def __call__(self, rankings: list[Example]) -> dict[str, Any]:
-        texts = [ids for ranking in rankings for ids in ranking]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        ends = cuts(np.array([len(texts[i]) for i in order])) if self.cut else [len(order)]
-        parts = [order[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        places, pairs, weights = iter(np.argsort(order).tolist()), [], []
-        for ranking in rankings:
-            new = list(combinations([next(places) for _ in ranking], 2))
-            pairs += new
-            weights += [1 / len(new) / len(rankings)] * len(new)
-        return {
-            "parts": [_padded([texts[i] for i in part], self.pad_id) for part in parts],
-            "pairs": torch.tensor(pairs),
-            "weights": torch.tensor(weights),
-            "tokens": sum(map(len, texts)),
-        }
-
-
-class _Trainer(transformers.Trainer):
-    """Transformers' trainer with the loss of this room and the habits of `labkit.training`."""
-
-    def __init__(self, model: RewardModel, examples: list[Example], config: RewardConfig,
-                 folder: str, meter: Meter) -> None:  # fmt: skip
-        scorer, collator = Scorer(model.network), _Collator(model.tokenizer.pad_token_id)
-        arguments = training._arguments(scorer, config.training(), folder)
-        super().__init__(scorer, arguments, collator, examples)
-        self.meter, self._sum, self._tokens = meter, 0.0, 0
-        # Several passes for one gradient are for a single process: DDP expects one.
-        collator.cut = self.args.use_cpu and self.accelerator.num_processes == 1
-        if self.args.bf16 and self.args.use_cpu:
-            quicken_attention(model.network)
-        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-            self.remove_callback(callback)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with self.accelerator.autocast():  # around all parts, so that weights are cast once
-            scores = torch.cat([model(ids, mask) for ids, mask in inputs["parts"]])
-        value, _ = loss(scores, inputs["pairs"], inputs["weights"])
-        self._sum += value.detach() / self.current_gradient_accumulation_steps
-        self._tokens += inputs["tokens"]
-        if value.device.type == "cpu":  # free here; elsewhere it would wait for the device
-            check_finite(value.item(), self.state.global_step + 1, self._get_learning_rate())
-        return value
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        self.meter.add(self._sum, self._tokens, self._get_learning_rate())
-        self._sum, self._tokens = 0.0, 0
-        return grad_norm
-
-    def _get_train_sampler(self, train_dataset=None):
-        return Shuffled(len(self.train_dataset), self.args.seed)
-
-    def _save_checkpoint(self, model, trial):
-        entry = self.meter.flush(self.state.global_step)  # raises before a bad model is kept
-        if entry:
-            self.state.log_history.append(entry)
-        super()._save_checkpoint(model, trial)
-
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # counting walks over all parameters at each step
+    encoded = iter(_encode(texts, model.tokenizer, model.max_length))
+    rankings = [[next(encoded) for _ in ranking] for ranking in rendered]
+    unique = [list({e.ids.tobytes(): e for e in reversed(r)}.values())[::-1] for r in rankings]
+    kept = [ranking for ranking in unique if len(ranking) > 1]
+    if lost := sum(map(len, rankings)) - sum(map(len, kept)):
+        logger.warning(
+            "%d texts left out: cut to max_length, they equal others of their ranking", lost
+        )
+    return kept
