@@ -10,9 +10,9 @@ from torch import nn
 
 from labkit import tinytown
 from labkit.batching import Example, pack
-from labkit.evaluation import wilson
+from labkit.evaluation import Agreement, wilson
 from labkit.techniques import reward
-from labkit.techniques.reward import Agreement, RewardConfig, RewardModel, Scorer, pack_rankings
+from labkit.techniques.reward import RewardConfig, RewardModel, Scorer, pack_rankings
 
 EOS = 1
 WORDS = ["bread", "honey", "river", "the mill", "pancakes", "seven", "no idea", "Otto", "米拉"]
