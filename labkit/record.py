@@ -46,6 +46,10 @@ class Run:
         self._wandb: Any = None
         self._write()
 
+    def __repr__(self) -> str:
+        r, place = self.record, "/".join(self.folder.parts[-3:])
+        return f"{place} · {r['status']} · {r['seconds']:.0f} s · {len(r['claims'])} claims"
+
     def path(self, name: str) -> Path:
         """Where a file or folder of this run goes; its parent exists afterwards."""
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
