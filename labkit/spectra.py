@@ -1,7 +1,7 @@
 """Singular values of weight updates: how many directions does a change of weights need?
 
-Of an update D = W_tuned - W_0 with singular values s1 >= s2 >= …, the best approximation of rank r
-keeps the share (s1² + … + sr²) / (s1² + s2² + …) of the energy (Eckart and Young 1936). A random
+Of an update D = W_tuned - W_0 with singular values s1 >= s2 >= …, the best approximation of rank
+r keeps the share (s1² + … + sr²) / (s1² + s2² + …) of the energy (Eckart and Young 1936). A random
 matrix is the baseline: it prefers no direction, and yet keeps more than r / min(d, k).
 """
 

@@ -38,7 +38,7 @@ NAMES = {
 
 @settings
 class AdapterConfig:
-    """`bottleneck` m, the width inside an adapter; `placement` after which sublayers; `activation` f."""
+    """`bottleneck` m, the width inside; `placement`, after which sublayers; `activation` f."""
 
     bottleneck: Count = 64
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"

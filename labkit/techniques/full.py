@@ -6,7 +6,7 @@ The standard procedure is `training.fit` on a model as it is. Here are the remed
     L = L_task + alpha · mean_i (p_i - p0_i)²        the L2-SP penalty, p0 the pretrained weights
 
 (Li, Grandvalet and Davoine 2018), replay of pretraining text among the examples, and frozen lower
-layers. The penalty is a mean over all N weights, not a sum as in the chapter, so that the same alpha
+layers. The penalty is a mean over all N weights, not a sum as in the chapter, so that one alpha
 suits small and large models: it is N times the chapter's. A lower learning rate needs no code. Left
 out: penalties weighted by importance (EWC) and distillation from the old model.
 """
@@ -28,8 +28,8 @@ class FullConfig:
     """What trains and what holds it back; the defaults are plain full fine-tuning.
 
     `alpha` weighs the penalty, `replay` is the share of pretraining text among all examples.
-    Frozen are the `frozen_layers` lowest layers, with `frozen_embeddings` the input embedding (and a
-    tied head). `reference_dtype` "bfloat16" keeps p0 in half the memory.
+    Frozen are the `frozen_layers` lowest layers, with `frozen_embeddings` the input embedding (and
+    a tied head). `reference_dtype` "bfloat16" keeps p0 in half the memory.
     """
 
     alpha: NonNegative = 0.0

@@ -25,18 +25,18 @@ from labkit.batching import Example, pack
 from labkit.config import settings
 from labkit.formats import Row
 from labkit.logprobs import evaluating, response_logps
-from labkit.templates import ALPACA, response
+from labkit.templates import ALPACA, TEMPLATES, response
 
 
 @settings
 class InstructionConfig:
-    """What a row becomes: `template` is one of `data.TEMPLATES`, `max_length` counts tokens.
+    """What a row becomes: `template` is one of `templates.TEMPLATES`, `max_length` counts tokens.
 
     The chapter's loop (5.5.2) is `learn_prompt=True, learn_end=False`: it learns to write
     questions too, and never to stop.
     """
 
-    template: Annotated[str, Field(pattern=f"^({'|'.join(data.TEMPLATES)})$")] = "auto"
+    template: Annotated[str, Field(pattern=f"^({'|'.join(TEMPLATES)})$")] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 256
     learn_prompt: bool = False
     learn_end: bool = True

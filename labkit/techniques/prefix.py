@@ -4,12 +4,13 @@ In every layer and head, P_K and P_V come before the keys and values of the text
 
     h = softmax(q [P_K; K]ᵀ / √d) [P_V; V]        P_K and P_V (length, d) trained, all else frozen
 
-They enter through the KV cache, as if `length` tokens had been read before: no weight changes, text
-starts at position `length`, and each token attends to `length` more keys, of which there are as
-many heads as in the cache. With the reparametrization, an MLP makes the prefix from a smaller table
-while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward` are the method
-to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape, encoder-decoders,
-prompt tuning (embeddings instead). Under a sliding window a long text leaves the prefix behind.
+They enter through the KV cache, as if `length` tokens had been read before: no weight changes,
+text starts at position `length`, and each token attends to `length` more keys, of which there are
+as many heads as in the cache. With the reparametrization, an MLP makes the prefix from a smaller
+table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward` are the
+method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
+encoder-decoders, prompt tuning (embeddings instead). Under a sliding window a long text leaves the
+prefix behind.
 """
 
 from __future__ import annotations
