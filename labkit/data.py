@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .formats import Row, convert, where
-from .templates import render, renderer, response
+from .templates import TEMPLATES, render, renderer, response
 
 if TYPE_CHECKING:  # torch, which it imports, takes a second
     from .batching import Example
 
-__all__ = ["REGISTERED", "Encoded", "convert", "encode", "load", "render"]
+__all__ = ["REGISTERED", "TEMPLATES", "Encoded", "convert", "encode", "load", "render"]
 
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
