@@ -1,274 +1,343 @@
-"""Batched responses to prompts, from a model in this process or from a server.
+"""Responses to prompts: token ids sampled with a KV cache, texts from them, texts from a server.
 
-Prompts are final strings: templates are applied before (`data.render`), and no special
-token is added here. Sampling is pure: nothing is inherited from the model's own generation
-settings but its end tokens. Left out: streaming, beam search.
+    x_t = min {i : sum over j <= i of p(j | x_<t) > u_t}        u_t uniform in [0, 1)
+
+This inverts the cumulative distribution, so an example depends on its own u only. Batches can be
+cut in any way, examples that have ended leave theirs, several processes can share the work: the
+samples stay the same, up to rounding. Temperature 0 takes the most probable token. Of the model's
+own generation settings only the EOS tokens count. Left out: top-k, top-p, beam search.
 """
 
-import contextlib
+from __future__ import annotations
+
+import inspect
 import json
 import logging
 import os
+import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-from labkit import models
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from labkit import models, templates
+from labkit.logprobs import evaluating, has_soft_prompt
+from labkit.templates import Row
 
 log = logging.getLogger("labkit")
+
+# To learn whether examples have ended, the host must wait for a GPU; on a CPU it costs nothing.
+STEPS_BETWEEN_CHECKS = {"cpu": 1}
+WORTH_DROPPING = 0.2  # share of a batch that must have ended before the others are copied together
+# From a mask of zeros and ones the model makes its own at every token, and a GPU's host waits.
+FULL_MASK = {"cpu": False}
+TAKES_FULL_MASK = ("gemma", "gpt2", "llama", "mistral", "qwen2")  # tried, without windows
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    ends: set[int],
+    uniforms: np.ndarray | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """Token ids of a response to each prompt, up to and with its EOS (of `ends`), if it has one.
+
+    `uniforms` is (prompts, max_new_tokens) in [0, 1), by default new random numbers. Prompts of
+    similar length share a batch, padded on the left. Dropout is off. Raises ValueError.
+    """
+    if max_new_tokens < 1 or batch_size < 1 or not temperature >= 0:
+        given = f"{max_new_tokens}, {batch_size}, {temperature}"
+        raise ValueError(
+            f"max_new_tokens, batch_size, temperature: expected 1, 1, 0 up, got {given}"
+        )
+    if uniforms is None:
+        uniforms = np.random.default_rng().random((len(ids), max_new_tokens))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    responses: list[list[int]] = [[]] * len(ids)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            u = torch.from_numpy(uniforms[batch]).to(model.device)
+            tokens = _sample_batch(model, [ids[i] for i in batch], u, ends, temperature)
+            for i, found in zip(batch, tokens.tolist(), strict=True):
+                responses[i] = found[
+                    : next((t + 1 for t, x in enumerate(found) if x in ends), None)
+                ]
+    return responses
+
+
+def invert(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """The tokens (B,) at which the cumulative distributions of `logits` (B, V) pass `uniforms`.
+
+    A token of probability 0 is never taken. Sums are in float64: float32 would lose the tail.
+    """
+    if temperature == 0:
+        return logits.float().argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+    wanted = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _sample_batch(
+    model: Any, prompts: list[Sequence[int]], uniforms: Tensor, ends: set[int], temperature: float
+) -> Tensor:
+    """Tokens (B, T); those after an EOS are arbitrary."""
+    count, length = uniforms.shape
+    forward, cache, virtual = _begin(model, count)
+    accepted = inspect.signature(models.base_model(model).forward).parameters
+    full = FULL_MASK.get(model.device.type, True) and _takes_full_mask(model)
+    width = max(map(len, prompts))  # what stands under padding is never seen
+    new = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts]).to(model.device)
+    real = new.new_ones(count, virtual + width + length)
+    for row, ids in enumerate(prompts):
+        real[row, virtual : virtual + width - len(ids)] = 0
+    positions = (real.cumsum(1) - 1).clamp(min=0)  # count real tokens only
+    last = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
+    tokens, rows = new.new_zeros(count, length), torch.arange(count, device=model.device)
+    ended = rows < 0
+    for t, end in enumerate(range(virtual + width, real.shape[1])):
+        mask = full_mask(real[:, :end], new.shape[1]) if full else real[:, :end]
+        inputs = {"input_ids": new, "attention_mask": mask, "use_cache": cache is not None}
+        optional = {"position_ids": positions[:, end - new.shape[1] : end], "logits_to_keep": 1}
+        inputs |= {name: value for name, value in optional.items() if name in accepted}
+        inputs |= {"past_key_values": cache} if cache is not None else {}
+        drawn = invert(forward(**inputs).logits[:, -1], uniforms[:, t], temperature)
+        tokens[rows, t] = drawn
+        new = drawn[:, None] if cache is not None else torch.cat([new, drawn[:, None]], 1)
+        ended |= torch.isin(drawn, last)
+        if (t + 1) % STEPS_BETWEEN_CHECKS.get(model.device.type, 16):
+            continue
+        going = (~ended).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) <= (1 - WORTH_DROPPING) * len(rows):
+            state = (new, real, positions, uniforms, rows, ended)
+            new, real, positions, uniforms, rows, ended = (x[going] for x in state)
+            if cache is not None:
+                cache.reorder_cache(going)
+    return tokens
+
+
+def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
+    """What to call, its KV cache (none for Mamba), and the virtual tokens that it holds already.
+
+    PEFT would put a soft prompt or prefix in front at every call; here it is read once.
+    """
+    base: Any = models.base_model(model)
+    settings: Any = getattr(model, "active_peft_config", None)
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        return model, None, 0
+    if not has_soft_prompt(model):
+        return model, DynamicCache(config=base.config), 0
+    cache = model.get_prompt(count)
+    if isinstance(cache, Tensor):
+        inputs, cache = {"inputs_embeds": cache.to(base.dtype)}, DynamicCache(config=base.config)
+        base(**inputs, past_key_values=cache, use_cache=True)
+    return base, cache, settings.num_virtual_tokens
+
+
+def full_mask(real: Tensor, queries: int) -> Tensor:
+    """What the last `queries` positions attend to: (B, K) → bool (B, 1, queries, K).
+
+    Earlier real tokens and themselves, so that padding attends to something, too.
+    """
+    keys = torch.arange(real.shape[1], device=real.device)
+    own = keys[-queries:, None]
+    return (real.bool()[:, None, None] & (keys <= own)) | (keys == own)
+
+
+def _takes_full_mask(model: Any) -> bool:
+    config = models.base_model(model).config
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    windows = getattr(config, "sliding_window", None) is not None or kinds - {"full_attention"}
+    sdpa = config._attn_implementation == "sdpa"
+    return sdpa and not windows and config.model_type in TAKES_FULL_MASK
+
+
+def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
+    """The tokens that end a response: the template's, the tokenizer's, the model's own."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return templates.eos_ids(tokenizer, template) | {
+        *([own] if isinstance(own, int) else own or ())
+    }
+
+
+def texts(tokenizer: Any, responses: Sequence[Sequence[int]], ends: set[int]) -> list[str]:
+    """Token ids as texts, without EOS and special tokens."""
+    kept = [ids[:-1] if ids[-1] in ends else ids for ids in responses]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     batch_size: int = 64,
     seed: int | None = None,
 ) -> list[str]:
-    """Return one response for each prompt, in order, without special tokens.
+    """One response to each prompt, a final string: no template and no special token is added.
 
-    Temperature 0 is greedy. Prompts of similar length share a batch, padded on the left.
-    With `seed` the global random state is left as it was; samples then depend on the seed
-    and on `batch_size`. Prompts too long for the model's context lose their beginning,
-    counted in a warning. Train or eval mode is restored. Raises `ValueError`.
+    Prompts too long for the model's context lose their beginning, with a warning. Raises
+    ValueError for a prompt without a token, and for `max_new_tokens` beyond the context.
     """
-    _check(prompts, max_new_tokens, temperature, top_p, top_k)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    rows = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
-    rows = _fit_context(model, rows, max_new_tokens)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, top_k)
-    responses = [""] * len(rows)
-    with _eval_mode(model), _pure_sampling(model), _seeded(seed):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            texts = _generate_batch(model, tokenizer, [rows[i] for i in batch], settings)
-            for i, text in zip(batch, texts, strict=True):
-                responses[i] = text
-    return responses
-
-
-def _check(
-    prompts: list[str], max_new_tokens: int, temperature: float, top_p: float, top_k: int = 0
-) -> None:
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number above 0 and up to 1, got {top_p}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected 0 (off) or more, got {top_k}")
+    ids, capacity = _tokens(tokenizer, prompts), _capacity(model, max_new_tokens)
+    if cut := sum(len(prompt) > capacity for prompt in ids):
+        log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
+    ids, ends = [prompt[-capacity:] for prompt in ids], eos_ids(model, tokenizer)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
+    return texts(tokenizer, sample(model, ids, ends=ends, batch_size=batch_size, **options), ends)
 
 
-def _encode(tokenizer: Any, prompt: str, number: int) -> list[int]:
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(
-            f"prompts: prompt {number} is empty; the model needs at least one token to go on from"
-        )
+def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    options = {"add_special_tokens": False, "verbose": False}
+    ids = tokenizer(list(prompts), **options)["input_ids"] if prompts else []
+    if [] in ids:
+        raise ValueError(f"prompts: prompt {ids.index([]) + 1}: expected a token or more, got none")
     return ids
 
 
-def _fit_context(model: Any, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    context = models.context_length(model)
-    if context is None:
-        return rows
-    room = context - max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"max_new_tokens: expected less than the model's context of {context} tokens, "
-            f"got {max_new_tokens}"
-        )
-    cut = sum(len(row) > room for row in rows)
-    if cut:
-        log.warning(
-            "%d of %d prompts are longer than %d tokens (context %d less %d new): beginning cut",
-            *(cut, len(rows), room, context, max_new_tokens),
-        )
-    return [row[-room:] for row in rows]
+def _capacity(model: Any, max_new_tokens: int) -> int:
+    """Tokens of the context that are left to a prompt."""
+    capacity = (models.context_length(model) or sys.maxsize) - max_new_tokens
+    if capacity < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} leave the context no prompt")
+    return capacity
 
 
-def _settings(
-    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float, top_k: int
-) -> Any:
-    from transformers import GenerationConfig
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: its row, what a reward sees of it, its text in the template, that text's ids."""
 
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        if temperature > 0
-        else {"do_sample": False}
-    )
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        **sampling,
-    )
+    row: Row
+    content: Any
+    text: str
+    ids: list[int]
 
 
-def _generate_batch(model: Any, tokenizer: Any, rows: list[list[int]], settings: Any) -> list[str]:
-    import torch
+def encode_prompts(
+    prompts: Sequence[Prompt | Row | str],
+    model: Any,
+    tokenizer: Any,
+    template: str,
+    max_new_tokens: int,
+) -> list[Prompt]:
+    """Texts, or rows with `prompt` or `messages`, in their template; `Prompt`s stay as they are.
 
-    width = max(map(len, rows))
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        raise ValueError("tokenizer: expected a pad token, got none; see models.check_tokenizer")
-    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-        )
-    ends = set(settings.eos_token_id)
-    replies = [_until_end(reply, ends) for reply in output[:, width:].tolist()]
-    return tokenizer.batch_decode(replies, skip_special_tokens=True)
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop]
-
-
-@contextlib.contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    """Each module gets its own mode back: a frozen part may differ from the whole."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    Raises ValueError, with its number, for a prompt of another kind, one without a token, and
+    one that leaves less than `max_new_tokens` of the model's context to a response.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
+    if len(done := [prompt for prompt in prompts if isinstance(prompt, Prompt)]) == len(prompts):
+        return done
+    render, rows = templates.renderer(tokenizer, template), []
+    for number, given in enumerate(prompts, 1):
+        row = {"prompt": given} if isinstance(given, str) else given
+        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
+            raise ValueError(f"prompts: prompt {number}: expected text or a row, got {given!r}")
+        rows.append(row)
+    contents = [row["prompt"] if "prompt" in row else templates.turns(row) for row in rows]
+    asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
+    rendered = [render(row)[0] for row in asked]
+    ids, capacity = _tokens(tokenizer, rendered), _capacity(model, max_new_tokens)
+    for number, tokens in enumerate(ids, 1):
+        if len(tokens) > capacity:
+            raise ValueError(
+                f"prompts: prompt {number}: expected at most {capacity} tokens (the model's "
+                f"context less max_new_tokens), got {len(tokens)}"
+            )
+    return [Prompt(*fields) for fields in zip(rows, contents, rendered, ids, strict=True)]
 
 
-@contextlib.contextmanager
-def _pure_sampling(model: Any) -> Iterator[None]:
-    """The library fills unset fields from the model's own settings (penalties, top-k)."""
-    from transformers import GenerationConfig
+def responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Row | str],
+    *,
+    each: int = 1,
+    seed: int | tuple[int, ...] = 0,
+    max_new_tokens: int = 48,
+    template: str = "auto",
+    temperature: float = 1.0,
+) -> list[list[str]]:
+    """`each` sampled responses to every prompt, as texts; prompts and errors: `encode_prompts`.
 
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    former = owner.generation_config
-    owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        owner.generation_config = former
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    import torch
-
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+    With one seed, two models get the same random numbers, and so differ only where their
+    probabilities do.
+    """
+    encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens)
+    ids, ends = [p.ids for p in encoded for _ in range(each)], eos_ids(model, tokenizer, template)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
+    found = texts(tokenizer, sample(model, ids, ends=ends, **options), ends)
+    return [found[i : i + each] for i in range(0, len(found), each)]
 
 
 def generate_server(
     base_url: str,
     model: str,
-    prompts: list[str],
+    prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    top_p: float = 1.0,
     seed: int | None = None,
     concurrency: int = 8,
     timeout: float = 120.0,
     api_key_env: str = "OPENAI_API_KEY",
 ) -> list[str]:
-    """Return one response for each prompt, in order, from an OpenAI-compatible server.
+    """One response to each prompt from an OpenAI-compatible server, `concurrency` at a time.
 
-    Posts to `<base_url>/completions`, `concurrency` at a time; `base_url` ends in `/v1`
-    (added if missing). The key is read from the environment variable `api_key_env` and
-    sent only if set. `timeout` is in seconds a request; a busy server (429, 503) is asked
-    three times. Raises `ValueError`, or `ConnectionError` naming the server and the answer.
+    `base_url` is for example http://localhost:8000/v1, `timeout` in seconds per request. The key
+    is read from the environment variable `api_key_env` and sent only if set. Raises ValueError
+    for another kind of address, ConnectionError for an answer that cannot be used.
     """
-    _check(prompts, max_new_tokens, temperature, top_p)
-    url = _completions_url(base_url)
-    body = {
-        "model": model,
-        "max_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
-    if seed is not None:
-        body["seed"] = seed
-    key = os.environ.get(api_key_env)
-    pool = ThreadPoolExecutor(max_workers=max(1, concurrency))
+    if isinstance(prompts, str) or not base_url.startswith(("http://", "https://")):
+        raise ValueError(f"expected a list of prompts, and a base_url of http, got {base_url!r}")
+    url = base_url.rstrip("/").removesuffix("/v1") + "/v1/completions"
+    body = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature}
+    body |= {} if seed is None else {"seed": seed}
+    key, pool = os.environ.get(api_key_env), ThreadPoolExecutor(concurrency)
     try:
         jobs = [pool.submit(_post, url, {**body, "prompt": p}, key, timeout) for p in prompts]
         return [job.result() for job in jobs]
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _completions_url(base_url: str) -> str:
-    if not base_url.startswith(("http://", "https://")):
-        raise ValueError(
-            f"base_url: expected an address such as http://localhost:8000/v1, got {base_url!r}"
-        )
-    base = base_url.rstrip("/")
-    return (base if base.endswith("/v1") else base + "/v1") + "/completions"
+        pool.shutdown(cancel_futures=True)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another host."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: Any) -> None:
         return None
 
 
-def _post(url: str, body: dict, key: str | None, timeout: float) -> str:
+def _post(url: str, body: dict, key: str | None, timeout: float, tries: int = 3) -> str:
     headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(_NoRedirect)
-    for wait in (0.5, 1.0, None):
-        try:
-            with opener.open(request, timeout=timeout) as answer:
-                return _text(json.loads(answer.read()), url)
-        except urllib.error.HTTPError as error:
-            if error.code not in (429, 503) or wait is None:
-                detail = error.read(300).decode(errors="replace").strip()
-                raise ConnectionError(
-                    f"base_url: {url} answered {error.code} {error.reason}: {detail}; check the "
-                    "model's name, the key and the server's log"
-                ) from error
-            time.sleep(wait)
-        except (OSError, ValueError) as error:
-            raise ConnectionError(
-                f"base_url: no usable answer from {url} ({error}); expected an OpenAI-compatible "
-                "server there; check that it runs"
-            ) from error
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _text(answer: Any, url: str) -> str:
     try:
-        return answer["choices"][0]["text"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"expected choices[0].text, got {str(answer)[:200]}") from error
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
+            return json.loads(answer.read())["choices"][0]["text"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if getattr(error, "code", None) in (429, 503) and tries > 1:  # busy
+            time.sleep(0.5)
+            return _post(url, body, key, timeout, tries - 1)
+        raise ConnectionError(f"base_url: no usable answer from {url}: {error!r}") from error

@@ -9,18 +9,18 @@ Left out: making adapters and quantization (`techniques`).
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
-import random
 import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from labkit.state import snapshot
+from labkit.state import unchanged as unchanged
 
 log = logging.getLogger("labkit")
 # Right padding needs no mask in a causal model; GPT-2 and others ask for one all the same.
@@ -41,7 +41,6 @@ def load(
     revision: str | None = None,
     pad_token: str | None = "auto",
     trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, in eval mode.
 
@@ -54,16 +53,14 @@ def load(
     device, kind = find_device(device), getattr(torch, dtype.replace("auto", "float32"), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    place = Path(__file__).parent / "tinytown" / "base" if model == "tinytown" else Path(model)
-    place = place.expanduser()
+    base = Path(__file__).parent / "tinytown" / "base"
+    place = base if model == "tinytown" else Path(model).expanduser()
     if place.is_dir() and not (place / "config.json").is_file():
-        hint = "an adapter alone, see load_adapter" if any(place.glob("adapter_*")) else "no model"
-        raise FileNotFoundError(f"model: {place} has no config.json: it holds {hint}")
-    name = str(place) if place.exists() else str(model)
-    files = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+        raise FileNotFoundError(f"model: {place} has no config.json (adapters: see load_adapter)")
     try:
         with no_progress_bar():
-            network, tokenizer = _read(name, files, kind, attn_implementation)
+            name = str(place) if place.exists() else str(model)
+            network, tokenizer = _read(name, kind, revision or "main", trust_remote_code)
     except Exception as error:
         raise _explained(error, model) from error
     check_tokenizer(tokenizer, pad_token)
@@ -73,27 +70,16 @@ def load(
     return network.to(device).eval(), tokenizer
 
 
-def find_device(device: str = "auto") -> str:
-    """The name of the device that "auto" means; ValueError for one that is not here."""
-    import torch
-
-    known = r"cpu|mps|cuda(:\d+)?" if torch.cuda.is_available() else "cpu|mps"
-    if device != "auto" and not re.fullmatch(known, device):
-        raise ValueError(f"device: expected 'auto', 'cpu' or a GPU that is here, got {device!r}")
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _read(name: str, files: dict, dtype: Any, attention: str | None) -> tuple[Any, Any]:
+def _read(name: str, dtype: Any, revision: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(name, **files)
+    files: dict = {"revision": revision, "trust_remote_code": trust_remote_code}
     # One commit for all files; for "main" transformers would ask a server to convert pickles.
-    files["revision"] = getattr(config, "_commit_hash", None) or files["revision"]
+    config = AutoConfig.from_pretrained(name, **files)
+    files["revision"] = getattr(config, "_commit_hash", None) or revision
     tokenizer = AutoTokenizer.from_pretrained(name, **files)
-    files |= {"use_safetensors": True, "output_loading_info": True}
-    network, info = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, attn_implementation=attention, **files
-    )
+    files |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+    network, info = AutoModelForCausalLM.from_pretrained(name, **files)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     if getattr(network, "loss_type", "") is None:  # GPT-2's class name says nothing of its loss
@@ -111,13 +97,20 @@ def _explained(error: BaseException, model: str) -> Exception:
     absent = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError)
     network = (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError)
     if "file named" in said or any(isinstance(e, absent) for e in chain):
-        wanted = (
-            "a hub id or a folder with config.json, safetensors and tokenizer (no mere adapter)"
-        )
-        return FileNotFoundError(said + wanted)
+        return FileNotFoundError(said + "a hub id or a folder, with safetensors and a tokenizer")
     if any(isinstance(e, network) for e in chain):
         return ConnectionError(said + "a network (HF_ENDPOINT, HF_HUB_OFFLINE) or a local folder")
     return ValueError(said + "a complete causal language model of transformers")
+
+
+def find_device(device: str = "auto") -> str:
+    """The name of the device that "auto" means; ValueError for one that is not here."""
+    import torch
+
+    known = r"cpu|mps|cuda(:\d+)?" if torch.cuda.is_available() else "cpu|mps"
+    if device != "auto" and not re.fullmatch(known, device):
+        raise ValueError(f"device: expected 'auto', 'cpu' or a GPU that is here, got {device!r}")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_tokenizer(tokenizer: Any, pad_token: str | None = "auto") -> Any:
@@ -163,8 +156,7 @@ def _fit_embeddings(model: Any, tokenizer: Any) -> None:
             layer.weight.data[rows:] = layer.weight.data[:rows].float().mean(0)
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Parameters of a model: how many, how many train, their share (0–1), and bytes of all."""
 
     total: int
@@ -206,7 +198,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     Written beside `folder` and renamed; an earlier model there is replaced at the end. Raises
     FileExistsError for a folder with other files, ValueError for a base in four bits.
     """
-    folder, adapter = Path(folder).expanduser().absolute(), hasattr(model, "peft_config")
+    folder, adapter = Path(folder).expanduser().absolute(), hasattr(model, "get_base_model")
     if not adapter and _made_of(model)["weights"] == "4-bit":
         raise ValueError("model: four bits cannot be saved; save an adapter, or use qlora.merge")
     for path in folder.iterdir() if folder.exists() else ():
@@ -236,10 +228,10 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
 def _made_of(model: Any) -> dict[str, Any]:
     """What an adapter must find in its base: class, kind, sizes, and the type of the weights."""
     base, config = base_model(model), base_model(model).config.get_text_config()
-    sizes = {k: getattr(config, k) for k in ("model_type", "hidden_size", "num_hidden_layers")}
-    types = {str(t.dtype) for t in (*base.parameters(), *base.buffers())}
-    weights = "4-bit" if "torch.uint8" in types else str(base.dtype)
-    return {"class": type(base).__name__, **sizes, "weights": weights}
+    packed = any(str(t.dtype) == "torch.uint8" for t in (*base.parameters(), *base.buffers()))
+    sizes = {k: getattr(config, k, None) for k in ("hidden_size", "num_hidden_layers")}
+    made = {"class": type(base).__name__, "model_type": config.model_type, **sizes}
+    return made | {"weights": "4-bit" if packed else str(base.dtype)}
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
@@ -258,9 +250,15 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         raise FileNotFoundError(f"folder: {folder} has no {file} (in folders of it: {others})")
     if hasattr(model, "peft_config"):
         raise ValueError("model: it has adapters already; merge them, or load it again")
-    put_back = _snapshot(model)
+    put_back = snapshot(model)
     try:
-        _check_base(model, folder)
+        record = folder / "labkit.json"  # not there if PEFT wrote the folder
+        given = _made_of(model)
+        made = json.loads(record.read_text())["base"] if record.is_file() else given
+        if any(made[key] != given[key] for key in given if key != "weights"):
+            raise ValueError(f"made on another base, {made} and not {given}")
+        if (made["weights"] == "4-bit") != (given["weights"] == "4-bit"):
+            log.warning("folder: the base of %s had other bits than this one (see qlora)", folder)
         with quiet_peft():
             tuned = peft.PeftModel.from_pretrained(model, str(folder))
             keys = tuned.load_adapter(str(folder), "default")  # again, for what did not fit
@@ -274,79 +272,6 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         hint = "; import labkit.techniques.adapter first" if "LABKIT" in str(error) else ""
         raise ValueError(f"folder: {folder} does not fit: {str(error)[:300]}{hint}") from error
     return tuned.eval().requires_grad_(False)
-
-
-def _check_base(model: Any, folder: Path) -> None:
-    if not (folder / "labkit.json").is_file():
-        return
-    made, given = json.loads((folder / "labkit.json").read_text())["base"], _made_of(model)
-    if ("4-bit" == made.pop("weights")) != ("4-bit" == given.pop("weights")):
-        log.warning("folder: the base of %s had other bits than this one (see qlora)", folder)
-    if made != given:
-        raise ValueError(f"made on another base, {made} and not {given}")
-
-
-@contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[None]:
-    """Within it, a trainer may leave on `model` what it likes; afterwards only weights differ.
-
-    As before are modes, dropout, hooks, patched methods, marks, gradient checkpointing, adapters,
-    `requires_grad` and configurations of all modules, the random states of Python, numpy and
-    torch, and accelerate's precision; gradients are cleared. Also if the body raises.
-    """
-    import numpy as np
-    import torch
-    from accelerate.state import AcceleratorState
-
-    put_back, python, numpy = _snapshot(model), random.getstate(), np.random.get_state()
-    shared = AcceleratorState._shared_state
-    AcceleratorState._shared_state = dict(shared)  # Accelerators of the body keep this one
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        put_back()
-        model.zero_grad()
-        AcceleratorState._shared_state = shared
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _snapshot(model: Any) -> Callable[[], None]:
-    """A function that puts all but the values of weights back as it is now."""
-    kept, configs = [], {}
-    for module in model.modules():
-        now = vars(module)
-        boxes = {k: copy.copy(v) for k, v in now.items() if isinstance(v, dict | list | set)}
-        trained = {k: p.requires_grad for k, p in now["_parameters"].items() if p is not None}
-        kept.append((now, dict(now), boxes, trained))
-        for value in [
-            *now.values(),
-            *(v for b in boxes.values() if isinstance(b, dict) for v in b.values()),
-        ]:
-            if type(value).__name__.endswith("Config"):
-                configs[id(value)] = value
-    # Modules share configurations, so each is refilled itself, and stays the same object.
-    states = [(vars(c), copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]
-
-    def put_back() -> None:
-        for now, attributes, boxes, trained in kept:
-            for group in ("_parameters", "_buffers"):  # these keep the values of today
-                boxes[group] |= {k: v for k, v in now[group].items() if k in boxes[group]}
-            _refill(now, attributes)
-            for name, content in boxes.items():
-                _refill(now[name], content)
-            for name, flag in trained.items():
-                now["_parameters"][name].requires_grad_(flag)
-        for now, state in states:
-            _refill(now, state)
-
-    return put_back
-
-
-def _refill(box: Any, content: Any) -> None:
-    box.clear()
-    (box.extend if isinstance(box, list) else box.update)(content)
 
 
 def base_model(model: Any) -> Any:

@@ -5,112 +5,104 @@
 Each token is an action. Its reward is its share of the KL penalty, and the last token's also the
 score of the whole response (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022):
 
-    r_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t = T] (score - penalty [no end token])
+    r_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t = T] (score - penalty [no EOS])
     A_t = sum over l of (gamma lambda)^l delta_{t+l},    delta_t = r_t + gamma V_{t+1} - V_t
     L   = -mean min(rho A, clip(rho, 1 - c, 1 + c) A) + c_v · value loss,     rho = pi / pi_old
 
-The chapter's loop (5.5.4) has no values, advantages, masks or end of sequence, takes the old
-log-probabilities from generation, and gives the KL penalty to responses, not to tokens. Here the
-mathematics comes first, then the loop: `rollout`, `update`, and `train`, which repeats the two;
-details as in Huang et al. 2024 ("The N+ implementation details"). What a step does depends on
-its number and the seed, so a resumed run goes on as if it had never stopped, and several
-processes (torchrun, accelerate) share a step's prompts and minibatches and learn what one would.
-Left out: sharded weights, gradient checkpointing, soft prompts, conversations of several turns.
+The chapter's loop (5.5.4) has no values, advantages, masks or EOS, takes the old
+log-probabilities from generation, and gives the KL penalty to responses, not to tokens. Details
+as in Huang et al. 2024 ("The N+ implementation details"). What a step does depends on its number
+and the seed: a resumed run goes on as if it had never stopped, and several processes (torchrun,
+accelerate) learn what one would. Left out: sharded weights, gradient checkpointing, soft prompts.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from pydantic import Field
 from torch import Tensor, nn
 
-from labkit import models, rollouts, sampling
+from labkit import checkpoints, models
+from labkit.batching import Example
+from labkit.config import Count, Natural, NonNegative, Positive, Probability, settings
+from labkit.generate import encode_prompts
 from labkit.logprobs import masked_mean, masked_whiten
-from labkit.loop import Loop, Result
-from labkit.policy import PRECISIONS, PolicyWithValue
-from labkit.progress import check_finite
-from labkit.rewards import Reward
-from labkit.rollouts import Rollout
-from labkit.speed import as_before, quicken_attention
-from labkit.templates import TEMPLATES, Row
+from labkit.progress import Line
+from labkit.techniques.rollout import (
+    PolicyWithValue,
+    Reward,
+    Rollout,
+    batch_indices,
+    check_processes,
+    local_shard,
+    mean_over_ranks,
+    minibatches,
+    on_all_ranks,
+    rollout,
+)
+from labkit.templates import Row
+from labkit.training import check_finite
 
-SAMPLING, SHUFFLING, DRAWING = range(3)  # what random numbers are for
+logger = logging.getLogger("labkit")
+
+SHUFFLING, DRAWING = 1, 2  # what random numbers are for; `rollout` has 0
 FREE = ("resume", "save_steps", "sampling_batch", "kl_limit")  # may change when a run is resumed
 
 
-@dataclass(frozen=True)
+@settings
 class PPOConfig:
     """Settings of a run; the defaults suit a small model on a CPU.
 
     `steps` times, `batch_size` prompts (of all processes together) are answered and learned from
-    in `epochs` passes over minibatches, at a rate that falls to 0. `beta` weighs the KL penalty,
-    in the reward, or as k2 in the loss (`kl_in_loss`); with `kl_target` (nats a response) it is
-    adapted, over `kl_horizon` episodes. Beyond `kl_limit` (nats a response) the run stops.
-    `sampling_batch` responses are sampled at once. A checkpoint is written every `save_steps`
-    steps (0: never); `resume` names their folder, or one above it.
+    in `epochs` passes over minibatches, at a learning rate that falls to 0. `beta` weighs the KL
+    penalty, in the reward, or as k2 in the loss (`kl_in_loss`); with `kl_target` (nats per
+    response) it is adapted, over `kl_horizon` episodes. Beyond `kl_limit` (nats per response) the
+    run stops. `sampling_batch` responses are sampled at once. A checkpoint is written every
+    `save_steps` steps (0: never); `resume` names their folder, or one above it.
     """
 
-    steps: int = 50
-    batch_size: int = 128
-    minibatch_size: int = 32
-    epochs: int = 4
-    learning_rate: float = 1e-4
-    max_new_tokens: int = 48
-    temperature: float = 1.0
-    beta: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    kl_limit: float | None = None
+    steps: Count = 50
+    batch_size: Count = 128
+    minibatch_size: Count = 32
+    epochs: Annotated[int, Field(ge=1, le=4)] = 4  # more would overfit one rollout
+    learning_rate: Positive = 1e-4
+    max_new_tokens: Count = 48
+    temperature: Positive = 1.0
+    beta: NonNegative = 0.05
+    kl_target: Positive | None = None
+    kl_horizon: Count = 10_000
+    kl_limit: Positive | None = None
     kl_in_loss: bool = False
-    missing_end_penalty: float = 1.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coefficient: float = 0.1
-    max_grad_norm: float = 1.0
+    missing_end_penalty: NonNegative = 1.0
+    gamma: Probability = 1.0
+    lam: Probability = 0.95
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
+    value_coefficient: NonNegative = 0.1
+    max_grad_norm: Positive = 1.0
     separate_critic: bool = False
-    template: str = "auto"
-    precision: str = "auto"
-    sampling_batch: int = 256
-    seed: int = 0
-    save_steps: int = 0
+    template: Literal["auto", "chat", "alpaca", "alpaca_zh", "plain"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    sampling_batch: Count = 256
+    seed: Natural = 0
+    save_steps: Natural = 0
     resume: str = ""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "batch_size", "minibatch_size", "epochs"), 1)
-        least |= dict.fromkeys(("max_new_tokens", "kl_horizon", "sampling_batch"), 1)
-        for name, low in (least | {"save_steps": 0, "seed": 0}).items():
-            whole = type(getattr(self, name)) is int and getattr(self, name) >= low
-            self._require(name, whole, f"a whole number from {low}")
-        for name in ("learning_rate", "temperature", "clip", "value_clip", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("beta", "missing_end_penalty", "value_coefficient"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0")
-        for name in ("gamma", "lam"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
-        for name in ("kl_target", "kl_limit"):
-            limit = getattr(self, name)
-            self._require(name, limit is None or 0 < limit < math.inf, "None or a number above 0")
-        self._require("epochs", self.epochs <= 4, "at most 4, or one rollout is overfitted")
-        whole = self.batch_size % self.minibatch_size == 0
-        self._require("minibatch_size", whole, f"a divisor of batch_size, {self.batch_size}")
-        self._require("template", self.template in TEMPLATES, f"one of {TEMPLATES}")
-        self._require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if self.batch_size % self.minibatch_size:
+            size = self.minibatch_size
+            raise ValueError(f"minibatch_size: expected a divisor of {self.batch_size}, got {size}")
 
 
 # The mathematics. Tensors are (B, T), B responses of up to T tokens; masks are bool, True = keep.
@@ -155,14 +147,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
     return advantages
-
-
-def advantages_and_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Whitened advantages, and A + V before whitening: what the values should have been."""
-    advantages = gae(rewards, values, mask, gamma, lam)
-    return masked_whiten(advantages, mask), (advantages + values).masked_fill(~mask, 0.0)
 
 
 def policy_loss(
@@ -220,26 +204,9 @@ def adapted(beta: float, kl: float, target: float, episodes: int, horizon: int) 
 # The loop: sample, score, learn. Each process does its share of every minibatch.
 
 
-def rollout(
-    policy: PolicyWithValue,
-    tokenizer: Any,
-    prompts: Sequence[Row | str],
-    reward: Reward,
-    config: PPOConfig,
-    step: int = 0,
-) -> Rollout:
-    """A response to each prompt, its reward, and its tokens' scores; see `rollouts.collect`.
-
-    Log-probabilities come from a pass of their own, over the minibatches that `update` begins
-    with, so that its first ratio is exactly 1.
-    """
-    seed = (config.seed, SAMPLING, step)
-    return rollouts.collect(policy, tokenizer, prompts, reward, config, seed)
-
-
 def update(
     policy: nn.Module,
-    rollout: Rollout,
+    sampled: Rollout,
     config: PPOConfig,
     optimizer: torch.optim.Optimizer,
     step: int = 0,
@@ -251,55 +218,64 @@ def update(
     FloatingPointError for a loss that is not finite.
     """
     beta = config.beta if beta is None else beta
-    old = _old(rollout, beta, config)
+    old = old_scores(sampled, beta, config)
     random = np.random.default_rng((config.seed, SHUFFLING, step))
     weights = [p for p in policy.parameters() if p.requires_grad]
-    count, found = len(rollout.ids), []
+    count, found = len(sampled.examples), []
     for epoch in range(config.epochs):
         order = random.permutation(count) if epoch else np.arange(count)
-        for rows in rollouts.minibatches(order, config.minibatch_size):
-            stats = _losses_of(policy, rollout, rows, old, beta, config)
+        for rows in minibatches(order, config.minibatch_size):
+            stats = minibatch_losses(policy, sampled, rows, old, beta, config)
             optimizer.zero_grad()
             stats["loss"].backward()
             norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
             optimizer.step()
             found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
-    metrics = rollouts.means(found)
+    metrics = mean_over_ranks(found)
     for value in (metrics["loss"], metrics["gradient_norm"]):  # a step with either spoils weights
         check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
-    explained = explained_variance(rollout.values, old["returns"], rollout.mask)
+    explained = explained_variance(sampled.values, old["returns"], sampled.mask)
     return metrics | {"explained_variance": explained}
 
 
-def _old(rollout: Rollout, beta: float, config: PPOConfig) -> dict[str, Tensor]:
-    """What stays as it is during the passes over a rollout."""
-    old = {name: getattr(rollout, name) for name in ("mask", "logp", "ref_logp", "values")}
-    rewards = token_rewards(
-        rollout.rewards,
-        rollout.ended,
-        k1(rollout.logp, rollout.ref_logp),
-        rollout.mask,
-        0.0 if config.kl_in_loss else beta,
-        config.missing_end_penalty,
-    )
-    advantages, returns = advantages_and_returns(
-        rewards, rollout.values, rollout.mask, config.gamma, config.lam
-    )
-    return old | {"advantages": advantages, "returns": returns}
+def old_scores(sampled: Rollout, beta: float, config: PPOConfig) -> dict[str, Tensor]:
+    """What stays as it is during the passes over a rollout: all (B, T)."""
+    old = {name: getattr(sampled, name) for name in ("mask", "logp", "ref_logp", "values")}
+    mask, kl = sampled.mask, k1(sampled.logp, sampled.ref_logp)
+    weights = (0.0 if config.kl_in_loss else beta, config.missing_end_penalty)
+    rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, *weights)
+    advantages = gae(rewards, sampled.values, mask, config.gamma, config.lam)
+    returns = (advantages + sampled.values).masked_fill(~mask, 0.0)
+    return old | {"advantages": masked_whiten(advantages, mask), "returns": returns}
 
 
-def _losses_of(
-    policy: nn.Module, rollout: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
+def minibatch_losses(
+    policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
 ) -> dict[str, Tensor]:
-    """`losses` of this process's share of `rows`, weighted by its tokens: DDP takes the mean."""
-    inner = getattr(policy, "module", policy)
-    share, batch = inner.batch(rollout.ids, rollout.lengths.tolist(), rollouts.share(rows))
-    weight = rollout.mask[share].sum() / rollout.mask[rows].sum() * PartialState().num_processes
-    known = {name: column[share].to(inner.device) for name, column in old.items()}
-    logp, values = (torch.zeros_like(known["logp"]).masked_scatter(known["mask"], tokens)
-                    for tokens in policy(batch, config.temperature)[:2])  # fmt: skip
+    """`losses` of this process's shard of `rows`, weighted by its tokens: DDP takes the mean."""
+    inner, shard = getattr(policy, "module", policy), local_shard(rows)
+    batch = inner.pack([sampled.examples[i] for i in shard])
+    weight = sampled.mask[shard].sum() / sampled.mask[rows].sum() * PartialState().num_processes
+    known = {name: column[shard].to(inner.device) for name, column in old.items()}
+    order, table = batch.example.argsort(stable=True), torch.zeros_like(known["logp"])
+    outputs = policy(batch, config.temperature)[:2]
+    logp, values = (table.masked_scatter(known["mask"], tokens[order]) for tokens in outputs)
     found = losses(logp, values, known, beta, config)
     return {name: value * weight.to(inner.device) for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: an entry of `history` per step, `stopped`, why it ended early, if it did.
+
+    `notes` are warnings that were given; `seconds` count this call only, also after resuming.
+    """
+
+    history: list[dict] = field(repr=False)
+    steps: int
+    seconds: float
+    stopped: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -317,75 +293,89 @@ def train(
     """Trains `model` in place: `config.steps` times a rollout and an update.
 
     `prompts` are texts, or rows with `prompt` or `messages`; `reward(prompts, responses)` gives
-    one number each (see `rewards`). The reference is `model` as it comes, or with its adapters
-    off; so a run is resumed with the model it began with. The first process calls
-    `log(metrics, step)` and, with all texts and tokens, `on_rollout(rollout, metrics)`.
+    one number each. The reference is `model` as it comes, or with its adapters off; so a run is
+    resumed with the model it began with. The main process calls `log(metrics, step)` and, with
+    all texts and tokens, `on_rollout(rollout, metrics)`.
 
-    Raises ValueError before any work for what cannot work, what `rewards.ask` raises when the
+    Raises ValueError before any work for what cannot work, what `compute_rewards` raises when the
     reward fails, FloatingPointError when the loss does; checkpoints in `output_dir` stay.
     """
-    config = config or PPOConfig()
+    config, started = config or PPOConfig(), time.perf_counter()
     state = PartialState(cpu=model.device.type == "cpu")
-    rollouts.check_processes(config.minibatch_size)
+    check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
-    sampling.encode(prompts, model, tokenizer, config.template, config.max_new_tokens)
+    encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    with as_before(model):
-        policy, wrapped, optimizer = _prepare(model, config, state)
-        settings = {name: x for name, x in asdict(config).items() if name not in FREE}
-        loop = Loop(policy, optimizer, config.steps, settings, output_dir=output_dir,
-                    save_steps=config.save_steps, resume=config.resume, log=log,
-                    progress=progress, first=state.is_main_process)  # fmt: skip
-        for step in loop:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - step / config.steps)
-            rows = rollouts.drawn(len(prompts), config.batch_size, step, (config.seed, DRAWING))
-            asked = [prompts[row] for row in rows]
-            sampled = rollout(policy, tokenizer, asked, reward, config, step)
-            metrics = _learn(loop, wrapped, sampled, step, config, optimizer)
-            rollouts.everywhere(partial(_close, loop, sampled, metrics, on_rollout))
-    return loop.result()
+    with models.unchanged(model), Line(progress and state.is_main_process) as line:
+        policy, wrapped, optimizer = _prepare(model, config)
+        made = {name: value for name, value in asdict(config).items() if name not in FREE}
+        made |= checkpoints.fingerprint(policy, [Example(*2 * [np.array(p.ids)]) for p in encoded])
+        run: dict[str, Any] = {"history": [], "notes": {}, "beta": config.beta}
+        if config.resume:
+            run = checkpoints.load(config.resume, policy, optimizer, made)
+        elif config.save_steps:
+            checkpoints.check_unused(str(output_dir))
+        history, stopped = run["history"], ""
 
+        def finish(sampled: Rollout, metrics: dict[str, float]) -> None:
+            if on_rollout and state.is_main_process:
+                on_rollout(sampled, metrics)
+            history.append({"step": len(history) + 1, **metrics})
+            if log and state.is_main_process:
+                log(metrics, len(history))
+            now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
+            line.show(f"step {len(history)}/{config.steps} · {now}")
+            last = len(history) == config.steps
+            due = config.save_steps and (last or len(history) % config.save_steps == 0)
+            if due and state.is_main_process and not stopped:
+                checkpoints.save(str(output_dir), len(history), policy, optimizer, run, made)
 
-def _close(loop: Loop, rollout: Rollout, metrics: dict[str, float], on_rollout: Any) -> None:
-    if on_rollout and loop.first:
-        on_rollout(rollout, metrics)
-    loop.record(metrics, f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}")
-
-
-def _learn(
-    loop: Loop, policy: nn.Module, rollout: Rollout, step: int, config: PPOConfig, optimizer: Any
-) -> dict[str, float]:
-    """Metrics of the rollout and, unless it stops the loop, of the update."""
-    started, logps = time.perf_counter(), (rollout.logp, rollout.ref_logp)
-    beta, rate = loop.state.get("beta", config.beta), optimizer.param_groups[0]["lr"]
-    metrics = rollout.metrics() | {"beta": beta, "learning_rate": rate}
-    for name, estimator in (("kl", k3), ("kl_k1", k1)):
-        metrics[name] = float(rollout.sums(estimator(*logps)).mean())
-    for kind, remark in rollouts.remarks(rollout, config.max_new_tokens).items():
-        loop.note(kind, f"step {step + 1}: {remark}")
-    if config.kl_limit and metrics["kl"] > config.kl_limit:
-        loop.stop(f"step {step + 1}: stopped, KL {metrics['kl']:.3g} nats a response is above "
-                  f"kl_limit {config.kl_limit:.3g}; a greater beta keeps nearer to the reference")  # fmt: skip
-        return metrics
-    metrics |= update(policy, rollout, config, optimizer, step, beta)
-    if config.kl_target:
-        given = (config.kl_target, config.batch_size, config.kl_horizon)
-        loop.state["beta"] = adapted(beta, metrics["kl_k1"], *given)
-    return metrics | {"seconds_update": time.perf_counter() - started}
+        while len(history) < config.steps and not stopped:
+            step, draw = len(history), (config.seed, DRAWING)
+            numbers = batch_indices(len(encoded), config.batch_size, step, draw)
+            chosen = [encoded[i] for i in numbers]
+            sampled = rollout(policy, tokenizer, chosen, reward, config, step)
+            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run)
+            on_all_ranks(partial(finish, sampled, metrics))
+    notes = tuple(f"step {step}: {remark}" for remark, step in run["notes"].items())
+    return Result(history, len(history), time.perf_counter() - started, stopped, notes)
 
 
 def _prepare(
-    model: Any, config: PPOConfig, state: PartialState
+    model: Any, config: PPOConfig
 ) -> tuple[PolicyWithValue, nn.Module, torch.optim.Optimizer]:
     """The policy, the policy as several processes train it, and its optimizer."""
-    model.to(state.device if state.num_processes > 1 else model.device)
+    several = PartialState().num_processes > 1
+    model.to(PartialState().device if several else model.device)
     if model.device.type == "cpu":
-        quicken_attention(model)
+        models.use_float32_attention(model)
     policy = PolicyWithValue(model, config.separate_critic, config.precision)
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
-    if state.num_processes == 1:
-        return policy, policy, optimizer
-    return policy, nn.parallel.DistributedDataParallel(policy).eval(), optimizer
+    wrapped = nn.parallel.DistributedDataParallel(policy).eval() if several else policy
+    return policy, wrapped, optimizer
+
+
+def _step(
+    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, run: dict
+) -> tuple[dict[str, float], str]:
+    """Metrics of the rollout and of the update, or why the run stops before the update."""
+    started, rate = time.perf_counter(), config.learning_rate * (1 - step / config.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    metrics = sampled.metrics() | {"beta": run["beta"], "learning_rate": rate}
+    for name, estimator in (("kl", k3), ("kl_k1", k1)):
+        metrics[name] = float(sampled.sums(estimator(sampled.logp, sampled.ref_logp)).mean())
+    for remark in set(sampled.remarks()) - set(run["notes"]):
+        run["notes"][remark] = step + 1
+        logger.warning("step %d: %s", step + 1, remark)
+    if config.kl_limit and metrics["kl"] > config.kl_limit:
+        reason = f"KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}: raise beta"
+        logger.warning("step %d: stopped, %s", step + 1, reason)
+        return metrics, reason
+    metrics |= update(policy, sampled, config, optimizer, step, run["beta"])
+    if config.kl_target:
+        given = (config.kl_target, config.batch_size, config.kl_horizon)
+        run["beta"] = adapted(run["beta"], metrics["kl_k1"], *given)
+    return metrics | {"seconds_update": time.perf_counter() - started}, ""

@@ -1,0 +1,308 @@
+"""Rollouts: responses that a policy samples, their rewards, and the scores of their tokens.
+
+`techniques.ppo` alternates between this and learning from it. A policy is a language model with a
+reference and a value function; one pass gives log-probabilities and values, with logits at
+response positions only. Several processes each sample a shard and then all hold the whole, so
+what is computed from it is the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from labkit import logprobs, models
+from labkit.batching import Batch, Example, pack
+from labkit.generate import Prompt, encode_prompts, eos_ids, sample, texts
+from labkit.templates import Row
+
+log = logging.getLogger("labkit")
+
+SAMPLING = 0  # what random numbers are for; `ppo` has the others
+
+Reward = Callable[..., Sequence[float]]  # of prompts, responses, and rows if it takes them
+
+
+def compute_rewards(
+    reward: Reward, prompts: Sequence[Any], responses: Sequence[str], rows: Sequence[Row]
+) -> list[float]:
+    """A finite number for each response: `reward(prompts, responses)`, and `rows` if it takes them.
+
+    Raises RuntimeError if the reward raises (its error is the cause), ValueError if it gives
+    another count or a number that is not finite; both name a prompt and its response.
+    """
+    takes_rows = "rows" in inspect.signature(reward).parameters
+
+    def call(part: slice) -> np.ndarray:
+        extra = {"rows": list(rows[part])} if takes_rows else {}
+        given = reward(list(prompts[part]), list(responses[part]), **extra)
+        return np.array(given.tolist() if hasattr(given, "tolist") else list(given), dtype=float)
+
+    def fails(i: int) -> bool:
+        try:
+            call(slice(i, i + 1))
+        except Exception:
+            return True
+        return False
+
+    def where(i: int) -> str:
+        return f"prompt {prompts[i]!r}, response {responses[i]!r}"
+
+    try:
+        values = call(slice(None))
+    except Exception as error:
+        place = where(next(filter(fails, range(len(prompts))), 0))
+        raise RuntimeError(f"reward: {type(error).__name__}: {error}; {place}") from error
+    if values.shape != (len(responses),):
+        expected = f"expected {len(responses)} numbers, got an array of shape {values.shape}"
+        raise ValueError(f"reward: {expected}; the first: {where(0)}")
+    for i in np.flatnonzero(~np.isfinite(values)).tolist():
+        raise ValueError(f"reward: expected a finite number, got {values[i]}; {where(i)}")
+    return [float(value) for value in values]
+
+
+class PolicyWithValue(nn.Module):
+    """A policy, its reference, and a value function.
+
+    The value head reads the policy's last hidden state, or that of a critic of its own
+    (`separate_critic`), and starts at 0. The reference is the policy with its adapters off, or a
+    frozen copy where it has none. Dropout is off in every pass. Raises ValueError for a model
+    with a soft prompt, or without trained weights.
+    """
+
+    def __init__(self, model: Any, separate_critic: bool = False, precision: str = "auto") -> None:
+        super().__init__()
+        if logprobs.has_soft_prompt(model):
+            raise ValueError("model: expected one without a soft prompt or prefix; use LoRA")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("model: expected weights that train, got only frozen ones")
+        if any(p.itemsize == 2 for p in trained):
+            log.warning("model: small steps are lost in half precision; load it in float32")
+        half = {"auto": models.autocast_dtype(model), "bf16": torch.bfloat16, "fp32": None}
+        self.dtype, self.model = half[precision], model
+        backbone = models.base_model(model).base_model
+        self.critic = copy.deepcopy(backbone) if separate_critic else None
+        adapters = hasattr(model, "disable_adapter")
+        self.reference = None if adapters else copy.deepcopy(model).requires_grad_(False)
+        width = model.get_output_embeddings().weight.shape[1]
+        self.value_head = nn.utils.skip_init(nn.Linear, width, 1, device=model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()
+        self.packing = model.device.type == "cpu" and logprobs.keeps_apart(model)
+
+    def pack(self, examples: Sequence[Example]) -> Batch:
+        """A batch for `forward`, packed where that is right and pays."""
+        return pack(examples, packing=self.packing).to(self.device)
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (N,), values (N,), logits (N, V) of a batch's response tokens."""
+        with self.autocast():
+            hidden, logits, logp = logprobs.response_outputs(self.model, batch, temperature)
+            if self.critic is not None:
+                inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+                given = {name: ids for name, ids in inputs.items() if ids is not None}
+                hidden = self.critic(**given, use_cache=False)[0].flatten(0, 1)[batch.positions]
+        return logp, self.value_head(hidden.float())[:, 0], logits
+
+    @torch.no_grad()
+    def score(self, batch: Batch, temperature: float) -> Tensor:
+        """(N, 4): log-probabilities, the reference's, values, and entropies in nats."""
+        logp, values, logits = self.forward(batch, temperature)
+        entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+        off = self.model.disable_adapter() if self.reference is None else contextlib.nullcontext()
+        with self.autocast(), off:
+            ref_logp = logprobs.response_logps(self.reference or self.model, batch, temperature)
+        return torch.stack([logp, ref_logp, values, entropy], dim=1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    def autocast(self) -> Any:
+        """The precision of every pass; None is that of the weights."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B prompts with a response each, the same on all ranks.
+
+    `rewards` is what the reward gave and `ended` whether there is an EOS, (B,). `mask` (1 =
+    response token, its EOS too), `logp`, `ref_logp`, `values` and `entropy` are (B, T), on the
+    CPU. `examples` hold prompt and response. `seconds` are this process's.
+    """
+
+    prompts: list[Any]
+    responses: list[str]
+    rows: list[Row] = field(repr=False)
+    rewards: Tensor
+    ended: Tensor
+    examples: list[Example] = field(repr=False)
+    mask: Tensor = field(repr=False)
+    logp: Tensor = field(repr=False)
+    ref_logp: Tensor = field(repr=False)
+    values: Tensor = field(repr=False)
+    entropy: Tensor = field(repr=False)
+    seconds: dict[str, float] = field(repr=False)
+
+    def sums(self, tokens: Tensor) -> Tensor:
+        """Of values (B, T) for tokens, each response's sum, (B,)."""
+        return tokens.masked_fill(~self.mask, 0.0).sum(1)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over responses (`entropy`: over tokens, in nats), and seconds per stage."""
+        empty = [not response.strip() for response in self.responses]
+        return {
+            "reward": float(self.rewards.mean()),
+            "reward_std": float(self.rewards.std(correction=0)),
+            "entropy": float(logprobs.masked_mean(self.entropy, self.mask)),
+            "length": float(self.mask.sum(1).float().mean()),
+            "end_rate": float(self.ended.float().mean()),
+            "empty_rate": sum(empty) / len(empty),
+        } | {f"seconds_{stage}": seconds for stage, seconds in self.seconds.items()}
+
+    def remarks(self) -> list[str]:
+        """What is wrong with all responses at once."""
+        empty = not any(text.strip() for text in self.responses)
+        found = ["all responses are empty: is the reward highest for saying nothing?"] * empty
+        if not self.ended.any():
+            found += [
+                "no response ended: raise max_new_tokens, or tune on responses with their EOS"
+            ]
+        return found
+
+
+def rollout(
+    policy: PolicyWithValue,
+    tokenizer: Any,
+    prompts: Sequence[Prompt | Row | str],
+    reward: Reward,
+    config: Any,
+    step: int = 0,
+) -> Rollout:
+    """A response to each prompt, its reward, and its tokens' scores; `config` is a `PPOConfig`.
+
+    Log-probabilities come from a pass of their own, over the minibatches that `ppo.update` begins
+    with, so that its first ratio is exactly 1. Raises what `encode_prompts` and `compute_rewards`
+    raise, on all ranks.
+    """
+    times, model, limit = [time.perf_counter()], policy.model, config.max_new_tokens
+    encoded = encode_prompts(prompts, model, tokenizer, config.template, limit)
+    numbers = minibatches(np.arange(len(encoded)), config.minibatch_size)
+    shards = [local_shard(rows).tolist() for rows in numbers]
+    mine = [i for shard in shards for i in shard]
+    own, ends = [encoded[i] for i in mine], eos_ids(model, tokenizer, config.template)
+    # One stream for all prompts: which process samples a response does not matter.
+    random = np.random.default_rng((config.seed, SAMPLING, step))
+    options = {"temperature": config.temperature, "batch_size": config.sampling_batch}
+    options["uniforms"] = random.random((len(encoded), limit))[mine]
+    with policy.autocast():
+        replies = sample(model, [p.ids for p in own], max_new_tokens=limit, ends=ends, **options)
+    responses = texts(tokenizer, replies, ends)
+    times.append(time.perf_counter())
+    contents, rows = [prompt.content for prompt in own], [prompt.row for prompt in own]
+    rewards = on_all_ranks(lambda: compute_rewards(reward, contents, responses, rows))
+    times.append(time.perf_counter())
+    examples = [_example(p.ids, reply) for p, reply in zip(own, replies, strict=True)]
+    scores = _scores(policy, examples, [len(shard) for shard in shards], config.temperature)
+    ended = [reply[-1] in ends for reply in replies]
+    local = list(zip(mine, responses, rewards, ended, examples, scores, strict=True))
+    columns = zip(*sorted(gather_object(local), key=lambda entry: entry[0]), strict=True)
+    _, responses, rewards, ended, examples, scores = map(list, columns)
+    times.append(time.perf_counter())
+    table = nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in scores], batch_first=True)
+    lengths = torch.tensor([len(x) for x in scores])
+    return Rollout(
+        prompts=[prompt.content for prompt in encoded],
+        rows=[prompt.row for prompt in encoded],
+        responses=responses,
+        rewards=torch.tensor(rewards),
+        ended=torch.tensor(ended),
+        examples=[Example(*example) for example in examples],
+        mask=torch.arange(table.shape[1]) < lengths[:, None],
+        seconds=dict(zip(("sample", "reward", "score"), map(float, np.diff(times)), strict=True)),
+        **dict(zip(("logp", "ref_logp", "values", "entropy"), table.unbind(-1), strict=True)),
+    )
+
+
+def _example(prompt: list[int], reply: list[int]) -> Example:
+    return Example(np.array(prompt + reply), np.repeat([0, 1], [len(prompt), len(reply)]))
+
+
+def _scores(
+    policy: PolicyWithValue, examples: list[Example], sizes: list[int], temperature: float
+) -> list[np.ndarray]:
+    """What `policy.score` gives for each example, (T, 4); one synchronization with the device."""
+    found, start = [], 0
+    for size in sizes:
+        batch = policy.pack(examples[start : start + size])
+        found.append(policy.score(batch, temperature)[batch.example.argsort(stable=True)])
+        start += size
+    lengths = [int(example.mask.sum()) for example in examples]
+    return [x.numpy() for x in torch.cat(found).cpu().split(lengths)]
+
+
+# Several processes
+
+
+def check_processes(minibatch_size: int) -> None:
+    """Raises ValueError unless all started processes work together, with an example for each."""
+    together, started = PartialState().num_processes, int(os.environ.get("WORLD_SIZE", 1))
+    if together != started:
+        remedy = "on a CPU call accelerate.PartialState(cpu=True) before anything of accelerate"
+        raise ValueError(f"expected {started} processes to work together, got {together}; {remedy}")
+    if minibatch_size < together:
+        raise ValueError(f"minibatch_size: expected {together} up, one for each process")
+
+
+def minibatches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """`order` in pieces of `size`."""
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def local_shard(rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` that are this process's."""
+    state = PartialState()
+    return rows[state.process_index :: state.num_processes]
+
+
+def batch_indices(count: int, size: int, step: int, seed: tuple[int, ...]) -> list[int]:
+    """The `size` of `count` prompts that a step takes: all in a new order, time and again."""
+    rounds, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
+    orders = {r: np.random.default_rng((*seed, r)).permutation(count) for r in set(rounds.tolist())}
+    return [int(orders[r][p]) for r, p in zip(rounds.tolist(), places, strict=True)]
+
+
+def mean_over_ranks(entries: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Of scalars with the same names, over all entries and processes; one synchronization."""
+    table = torch.stack([torch.stack(list(entry.values())) for entry in entries])
+    mean = np.mean(gather_object([table.mean(0).tolist()]), axis=0)
+    return dict(zip(entries[0], mean.tolist(), strict=True))
+
+
+def on_all_ranks(call: Callable[[], Any]) -> Any:
+    """`call()`; what it raises in one process is raised in all, which would wait for ever."""
+    result = failure = None
+    try:
+        result = call()
+    except Exception as error:
+        failure = error
+    failures = [one for one in gather_object([failure and str(failure)]) if one is not None]
+    if failures:
+        raise failure or RuntimeError(failures[0])
+    return result
