@@ -182,12 +182,12 @@ def ask(out: Path) -> None:
     """
     from peft import LoraConfig, get_peft_model
 
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     runs = [{"method": "base", "rows": 0, "epochs": 0} | accuracies(*models.load(str(out)))]
     for method, rate in (("full", 5e-4), ("lora", 4e-3)):
         for rows in (1500, 3000, 6000):
             model, tokenizer = models.load(str(out))
             if method == "lora":
-                lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
                 model = get_peft_model(model, lora)
             examples = data.encode(instruction_rows("train", rows), tokenizer, max_length=256)
             config = training.TrainConfig(learning_rate=rate, epochs=1.0, batch_size=16)
