@@ -1,12 +1,13 @@
-"""The command line: list, run, report; refresh and check for those who write notebooks.
+"""The command line: list, run, report; refresh for those who write notebooks.
 
 Everything that can be refused is refused before a kernel starts, in one line, with exit
-status 2; a notebook that fails while running gives its own error and status 1.
+status 2; a notebook that fails or is interrupted gives its own error and status 1.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import click
 
-from labkit import notebooks, tracking
+from labkit import notebooks, record
+from labkit import report as page
 
 _PATH = click.Path(path_type=Path)
 _names = click.argument("names", nargs=-1, metavar="NAME...")
@@ -27,6 +29,14 @@ def app() -> None:
 
     A NAME is a notebook's full name, or a part of it: 02_lora, lora or 02.
     """
+    # A scheduler, or a closed terminal, ends a run as Ctrl-C does; nohup's choice stays.
+    for kind in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+        if kind and signal.getsignal(kind) == signal.SIG_DFL:
+            signal.signal(kind, _stop)
+
+
+def _stop(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def main() -> None:
@@ -47,26 +57,19 @@ def list_notebooks() -> None:
     found = notebooks.available()
     width = max((len(n.name) for n in found), default=0)
     for n in found:
-        cost = f"{_or_dash(n.seconds_cpu):>4} s {_or_dash(n.memory_mb):>5} MB"
+        cost = f"{n.seconds_cpu or '–':>4} s {n.memory_mb or '–':>5} MB"
         click.echo(f"{n.name:<{width}}  {cost}  {n.question or n.title}")
 
 
 @app.command()
 @_names
-@click.option(
-    "-p",
-    "--parameter",
-    type=(str, str),
-    multiple=True,
-    metavar="KEY VALUE",
-    help="Set a parameter; may be repeated.",
-)
+@click.option("-p", "--parameter", type=(str, str), multiple=True, metavar="KEY VALUE")
 @click.option("-f", "--file", type=_PATH, help="YAML file of parameters.")
 @click.option("--profile", metavar="NAME", help="notebooks/params/NAME.yaml, such as cpu or gpu.")
 @click.option("--output", type=_PATH, help="Put runs/ into this folder, not into the project's.")
 @_all
 @click.option("--keep-going", is_flag=True, help="After a failure, run the others too.")
-@click.option("--force", is_flag=True, help="Run even what the planner says cannot fit.")
+@click.option("--force", is_flag=True, help="Run even what does not fit into memory as planned.")
 def run(
     names: tuple[str, ...],
     parameter: tuple[tuple[str, str], ...],
@@ -83,12 +86,16 @@ def run(
     """
     plans = []
     for path in _chosen(names, all_):
-        values = _profile(profile, path) if profile else {}
-        values |= _yaml(file, "-f") if file else {}
-        values |= dict(parameter)
-        plans.append((path, notebooks.validate(values, path)))
-        if not force:
-            _refuse_what_cannot_fit(*plans[-1])
+        sources = [_profile(profile, path) if profile else {}, _yaml(file) if file else {}]
+        values: dict[str, Any] = {}
+        for source in (*sources, dict(parameter)):
+            values |= notebooks.validate(source, path)
+        given = notebooks.parameters(path) | values
+        if not force and given.get("model", "tinytown") != "tinytown":  # which fits everywhere
+            from labkit import memory
+
+            memory.check_fits(path.stem, given)  # type: ignore[attr-defined]
+        plans.append((path, values))
     failed = []
     for path, values in plans:
         if not _run_one(path, values, output):
@@ -105,105 +112,86 @@ def run(
 @click.option("--out", type=_PATH, help="The page, by default runs/report.html.")
 def report(root: Path | None, out: Path | None) -> None:
     """Make one HTML page of all runs below ROOT/runs: a table, the curves, the claims."""
-    click.echo(_short(tracking.report(root, out)))
+    click.echo(_short(page.write(root, out)))
 
 
 @app.command()
 @_names
 @_all
 def refresh(names: tuple[str, ...], all_: bool) -> None:
-    """Execute committed notebooks in place and clean them of what a run leaves behind."""
+    """Execute committed notebooks in place, cleaned; one that fails stays as it was."""
     for path in _chosen(names, all_):
         began = time.perf_counter()
+        new = path.with_name(f".{path.stem}.{os.getpid()}.ipynb")
         try:
-            notebooks.execute(path, path, cwd=path.resolve().parent, progress=_Line(path.stem))
-        except Exception as error:
+            _execute(path, new, {}, path.resolve().parent)
+            os.replace(new, path)
+        except (Exception, KeyboardInterrupt) as error:
             click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
-            raise SystemExit(1) from error
+            raise SystemExit(1) from None
+        finally:
+            new.unlink(missing_ok=True)
         click.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
 
 
-@app.command()
-@_names
-def check(names: tuple[str, ...]) -> None:
-    """Check committed notebooks (all, without a name) against the notebook contract."""
-    paths = _chosen(names, all_=not names)
-    problems = [f"{path.stem}: {problem}" for path in paths for problem in notebooks.check(path)]
-    for problem in problems:
-        click.echo(problem)
-    if problems:
-        raise SystemExit(1)
-    click.echo(f"{len(paths)} notebooks keep the contract")
-
-
-class _Line:
+class _Progress:
     """One updating line on a terminal; elsewhere one line for each section."""
 
-    def __init__(self, name: str) -> None:
-        self._name, self._began, self._last = name, time.perf_counter(), ""
+    def __init__(self, path: Path) -> None:
+        self._name, self._began, self._section, self._shown = path.stem, time.perf_counter(), "", ""
 
-    def __call__(self, done: int, total: int, heading: str) -> None:
+    def __call__(self, cell: Any, cell_index: int) -> None:
+        if cell.cell_type == "markdown":
+            titles = [x for x in cell.source.splitlines() if x.startswith(("# ", "## "))]
+            self._section = titles[-1].lstrip("# ") if titles else self._section
+            return
         seconds = time.perf_counter() - self._began
-        text = f"{self._name}: cell {done + 1}/{total} · {seconds:.0f} s · {heading}"
+        text = f"{self._name}: cell {cell_index + 1} · {seconds:.0f} s · {self._section}"
         if sys.stderr.isatty():
-            end = "\r" if done + 1 < total else "\n"
-            click.echo(f"\r\x1b[K{text[:100]}{end}", nl=False, err=True)
-        elif heading != self._last:
+            click.echo(f"\r\x1b[K{text[:100]}", nl=False, err=True)
+        elif self._section != self._shown:
             click.echo(text, err=True)
-        self._last = heading
+        self._shown = self._section
+
+
+def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
+    try:
+        notebooks.execute(path, out, values, cwd, _Progress(path))
+    finally:
+        click.echo("\r\x1b[K" if sys.stderr.isatty() else "", nl=False, err=True)
 
 
 def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
-    folder = tracking.new_folder(path.stem, output).resolve()
-    before = os.environ.get("LABKIT_RUN_DIR")
+    folder = record.new_folder(path.stem, output).resolve()
     os.environ["LABKIT_RUN_DIR"] = str(folder)
-    began, error = time.perf_counter(), ""
+    began, status, error = time.perf_counter(), "finished", ""
     try:
-        notebooks.execute(path, folder / "notebook.ipynb", values, progress=_Line(path.stem))
-    except OSError:
-        raise
-    except Exception as failure:  # of the notebook or its kernel: told, recorded, status 1
+        _execute(path, folder / "notebook.ipynb", values, Path.cwd())
+    except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
+        status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         error = _failure(path.stem, failure)
-    finally:
-        os.environ.pop("LABKIT_RUN_DIR")
-        if before is not None:
-            os.environ["LABKIT_RUN_DIR"] = before
-    tracking.close(folder, path.stem, values, "failed" if error else "finished", error)
-    if error:
         click.echo(f"labkit: {error}", err=True)
-    state = "failed" if error else "finished"
-    click.echo(f"{path.stem}: {state} · {time.perf_counter() - began:.0f} s · {_short(folder)}")
-    return not error
+    record.close(folder, path.stem, values, status, error)
+    click.echo(f"{path.stem}: {status} · {time.perf_counter() - began:.0f} s · {_short(folder)}")
+    if status == "interrupted":
+        if "resume" in notebooks.parameters(path):
+            click.echo(f"To go on from its last checkpoint, add: -p resume {_short(folder)}")
+        raise SystemExit(1)
+    return status == "finished"
 
 
-def _failure(name: str, error: Exception) -> str:
-    from papermill.exceptions import PapermillExecutionError
-
-    if isinstance(error, PapermillExecutionError):
-        full = "No space left" in error.evalue and "free some" not in error.evalue
-        hint = "; free some space, or choose another folder by --output" if full else ""
-        return f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}{hint}"
+def _failure(name: str, error: Any) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"{name}: interrupted by {error or 'Ctrl-C'}"
+    if hasattr(error, "ename"):  # papermill's, of a cell
+        return f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
     return f"{name}: {type(error).__name__}: {str(error).strip() or 'the kernel stopped'}"
 
 
 def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
-    if all_:
-        paths = [n.path for n in notebooks.available()]
-        if not paths:
-            raise FileNotFoundError(f"there is no notebook in {notebooks.folder()}")
-        return paths
-    if not names:
+    if not (names or all_):
         raise ValueError("which notebook? Give names (see `labkit list`) or --all")
-    return [notebooks.find(name) for name in names]
-
-
-def _refuse_what_cannot_fit(path: Path, values: dict[str, Any]) -> None:
-    """Asks the planner about models that are not the embedded one, which fits wherever it runs."""
-    defaults = {name: p.default for name, p in notebooks.parameters(path).items()}
-    if (defaults | values).get("model", "tinytown") != "tinytown":
-        from labkit import memory
-
-        memory.refuse(path.stem, defaults | values)
+    return [n.path for n in notebooks.available()] if all_ else [*map(notebooks.find, names)]
 
 
 def _profile(profile: str, path: Path) -> dict[str, Any]:
@@ -212,40 +200,31 @@ def _profile(profile: str, path: Path) -> dict[str, Any]:
     What one notebook alone wants, such as its learning rate, is in NAME/<notebook>.yaml.
     """
     folder = notebooks.folder() / "params"
-    file = folder / f"{profile}.yaml"
-    known = sorted(f.stem for f in folder.glob("*.yaml"))
+    file, own = folder / f"{profile}.yaml", folder / profile / f"{path.stem}.yaml"
     if not file.is_file():
+        known = sorted(f.stem for f in folder.glob("*.yaml"))
         near = notebooks.nearest(profile, known)
         raise ValueError(f"no --profile {profile!r}{near}; there are: {', '.join(known) or 'none'}")
-    mine = notebooks.parameters(path)
-    values = {name: value for name, value in _yaml(file, "--profile").items() if name in mine}
-    own = folder / profile / f"{path.stem}.yaml"
-    return values | (_yaml(own, "--profile") if own.is_file() else {})
+    mine = notebooks.parameters(path).keys() | notebooks.renamed(path).keys()
+    values = {name: value for name, value in _yaml(file).items() if name in mine}
+    return values | (_yaml(own) if own.is_file() else {})
 
 
-def _yaml(file: Path, option: str) -> dict[str, Any]:
+def _yaml(file: Path) -> dict[str, Any]:
     import yaml
 
-    if not file.is_file():
-        raise FileNotFoundError(f"{option}: there is no file {file}")
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{option} {file}: not a YAML file: {reason}") from error
+        raise ValueError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{option} {file}: expected `name: value` lines, got {values!r:.80}")
+        raise ValueError(f"{file}: expected `name: value` lines, got {values!r:.80}")
     return values
 
 
 def _short(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _or_dash(value: int | None) -> str:
-    return "–" if value is None else str(value)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,74 @@
 """Rows of any known format → prompt/completion or preference rows → tokens with a loss mask.
 
 `load` gets rows (`list[dict]` with TRL's columns) from Tinytown, a registered data set, the hub,
-or a local file; `encode` tokenizes them so that loss falls on the response and its end token
-only. Reading files is in `files.py`, recognizing formats in `formats.py`, prompt templates in
-`templates.py`; their public names are exported here.
+or a local file; `encode` tokenizes them so that loss falls on the response and its EOS only.
 """
 
 from __future__ import annotations
 
-import difflib
-import html
+import csv
+import io
+import json
 import logging
 import random
 import re
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import files
-from .formats import Row, convert, convert_groups, recognize
-from .templates import ALPACA, TEMPLATES, render, renderer, response
+from .formats import Row, convert, where
+from .templates import render, renderer, response
 
-__all__ = [
-    "ALPACA", "REGISTERED", "TEMPLATES", "Encoded", "Registered", "convert", "encode", "load",
-    "recognize", "render", "show_masks",
-]  # fmt: skip
+if TYPE_CHECKING:  # torch, which it imports, takes a second
+    from .batching import Example
 
-_log = logging.getLogger("labkit")
+__all__ = ["REGISTERED", "Encoded", "convert", "encode", "load", "render"]
+
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+_FILES = "a file ending in .json, .jsonl, .ndjson, .csv, .tsv (each also .gz) or .parquet"
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A public data set known by name: where it is, under which terms, how it is laid out."""
+class Registered(NamedTuple):
+    """A public data set known by name: where it is, under which terms, how large."""
 
     hub: str
-    licence: str
+    licence: str  # what the card states
     size: str
-    converter: str
     config: str | None = None
     files: str | None = None
     revision: str | None = None
 
 
-# The chapter's table 5.4.3, and the preference data of 5.5. The licence is what the card states.
+# The chapter's table 5.4.3, and the preference data of 5.5.
 REGISTERED = {
-    "alpaca": Registered("tatsu-lab/alpaca", "CC BY-NC 4.0", "52,002 rows, English", "alpaca"),
+    "alpaca": Registered("tatsu-lab/alpaca", "CC BY-NC 4.0", "52,002 rows, English"),
     "flan": Registered(
-        "Muennighoff/flan", "none on the card; FLAN's code is Apache-2.0",
-        "millions of rows of 62 data sets, English", "pairs",
+        "Muennighoff/flan", "none on the card", "millions of rows, 62 sets, English"
     ),
-    "p3": Registered(
-        "bigscience/P3", "Apache-2.0",
-        "660 sets, English; one at a time: bigscience/P3:NAME", "pairs",
-        config="ag_news_classify",
-    ),
-    "belle": Registered("BelleGroup/train_2M_CN", "GPL-3.0", "2,000,000 rows, Chinese", "alpaca"),
+    # One of 660 sets; others are bigscience/P3:NAME.
+    "p3": Registered("bigscience/P3", "Apache-2.0", "660 sets, English", "ag_news_classify"),
+    "belle": Registered("BelleGroup/train_2M_CN", "GPL-3.0", "2,000,000 rows, Chinese"),
     "coig": Registered(
-        "BAAI/COIG", "Apache-2.0", "97,739 rows (those not translated), Chinese", "coig",
-        files="NoTranslate/train/*.parquet", revision="refs/convert/parquet",
+        "BAAI/COIG",
+        "Apache-2.0",
+        "97,739 rows (those not translated), Chinese",
+        files="NoTranslate/train/*.parquet",
+        revision="refs/convert/parquet",
     ),
     "sharegpt": Registered(
-        "anon8231489123/ShareGPT_Vicuna_unfiltered", "Apache-2.0 on the card",
-        "about 94,000 conversations, many languages", "sharegpt",
+        "anon8231489123/ShareGPT_Vicuna_unfiltered",
+        "Apache-2.0 on the card",
+        "about 94,000 conversations, many languages",
         files="ShareGPT_V3_unfiltered_cleaned_split.json",
     ),
-    "hh-rlhf": Registered("Anthropic/hh-rlhf", "MIT", "169,352 pairs, English", "transcripts"),
-}  # fmt: skip
+    "hh-rlhf": Registered("Anthropic/hh-rlhf", "MIT", "169,352 pairs, English"),
+}
 
 
 def load(
@@ -81,10 +82,10 @@ def load(
     """Rows with TRL's columns, from Tinytown, a registered name, a hub id, or a local file.
 
     data: "tinytown"; a name in `REGISTERED`; a hub id `owner/name` or `owner/name:config`; or a
-    .json, .jsonl, .csv (each also .gz) or .parquet file in a format that `formats.py` knows.
+    file of JSON, JSON lines, CSV or Parquet in a format that `formats` knows.
     split: a file, and a hub set that lacks a split of that name, is cut 90/5/5 into "train",
     "validation" and "test" (at least one row each). The cut is fixed, whatever `seed` is, so the
-    parts never overlap; rows that came from one record stay together.
+    parts never overlap; a file's rows that are equal, or from one record, stay together.
     limit: at most so many rows, sampled by `seed`, in their order (Tinytown: generated).
 
     Raises FileNotFoundError or ValueError naming `data`, the file, and the line or row;
@@ -92,89 +93,118 @@ def load(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: expected a whole number from 1, or None for all, got {limit!r}")
-    if not isinstance(data, (str, Path)) or not str(data).strip():
-        raise ValueError(f"data: expected a name, a hub id or a file, got {data!r}")
     data = str(data)
     if data == "tinytown":
         from .tinytown import instruction_rows
 
         return instruction_rows(split=split, n=limit, seed=seed)
-    if _is_local(data):
-        groups = convert_groups(files.read(data), data)
-        rows = [row for index in _part(len(groups), split, data) for row in groups[index]]
-        return _sample(rows, limit, seed)
-    entry = REGISTERED.get(data) or _hub_entry(data)
-    return _load_hub(entry, data, split, limit, seed, revision or entry.revision)
-
-
-def _is_local(data: str) -> bool:
     path = Path(data).expanduser()
-    looks_like_one = data.startswith((".", "/", "~")) or files.suffix(path) in files.SUFFIXES
-    return data not in REGISTERED and (looks_like_one or path.exists())
+    if data not in REGISTERED and (data[:1] in "./~" or _SUFFIX.search(data) or path.exists()):
+        return _sample(_file_part(convert(_read(path), data), split), limit, seed)
+    return _load_hub(data, split, limit, seed, revision)
 
 
-def _hub_entry(data: str) -> Registered:
-    if not _HUB_ID.fullmatch(data):
-        names = ["tinytown", *REGISTERED]
-        near = difflib.get_close_matches(data, names, 1)
-        raise ValueError(
-            f"data: expected {', '.join(names)}, a hub id owner/name, or an existing file, "
-            f"got {data!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    hub, _, config = data.partition(":")
-    return Registered(hub, "see its card", "", "", config=config or None)
+def _read(path: Path) -> list[Row]:
+    """All rows of a file, in its order; errors name the file, and the line if known."""
+    import fsspec
 
-
-def _load_hub(
-    entry: Registered, data: str, split: str, limit: int | None, seed: int, revision: str | None
-) -> list[Row]:
-    import datasets
-
+    suffix = _SUFFIX.search(path.name)
+    if not path.exists():
+        raise FileNotFoundError(f"data: {path} does not exist (looked from {Path.cwd()})")
+    if path.is_dir() or not suffix:
+        raise ValueError(f"data: expected {_FILES}, got {path}")
     try:
-        sets = datasets.load_dataset(
-            entry.hub, entry.config, data_files=entry.files, revision=revision
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConnectionError(
-            f"data: {data!r} could not be loaded from the hub ({type(error).__name__}: "
-            f"{str(error)[:300]}); check the name and the network, or give a local file"
-        ) from error
-    rows, positions = _hub_part(sets, split, data)
-    records = rows.select(_sample(positions, limit, seed))
-    # Published sets hold a few empty answers and conversations; one's own data must be right.
-    rejected: list[str] | None = [] if data in REGISTERED else None
-    groups = convert_groups(records, f"{data} ({split})", rejected)
-    if rejected:
-        _log.warning("%s: %d of %d rows left out; the first: %s", data, len(rejected),
-                     len(records), rejected[0])  # fmt: skip
-    return [row for group in groups for row in group][:limit]
+        if (kind := suffix[1].lower()) == "parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
+            with fsspec.open(str(path), "rt", **options) as file:
+                text = file.read()
+            readers = {"json": _json, "csv": _table, "tsv": partial(_table, delimiter="\t")}
+            rows = list(readers.get(kind, _lines)(text))
+    except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
+        raise ValueError(f"data: {path}: {error}") from error
+    if not rows:
+        raise ValueError(f"data: {path} holds no rows; expected at least one")
+    return rows
 
 
-def _hub_part(sets: Any, split: str, data: str) -> tuple[Any, list[int]]:
-    """The hub's own split, or a cut of its "train" for those that it lacks."""
-    held_out = tuple(name for name in _HELD_OUT if name not in sets)
+def _json(text: str) -> list[Row]:
+    """A list of objects, or one with such a list as `data` or `train`, or JSON lines (BELLE)."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip()[0] == "{":
+            return list(_lines(text))
+        raise
+    if isinstance(value, dict):
+        parts = [key for key in ("data", "train", *_HELD_OUT) if isinstance(value.get(key), list)]
+        if len(parts) > 1:
+            raise ValueError(f"holds {', '.join(parts)}; save each as a file of its own")
+        value = value[parts[0]] if parts else [value]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ValueError("expected a list of objects")
+    return value
+
+
+def _lines(text: str) -> Iterator[Row]:
+    # Only \n ends a line: str.splitlines would also cut at U+2028 inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: expected an object, got {line:.60}")
+            yield row
+
+
+def _table(text: str, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have one name: {', '.join(names)}")
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num}: expected {len(names)} columns as in line 1")
+        yield row
+
+
+def _file_part(rows: list[Row], split: str) -> list[Row]:
+    """One part of a file; equal records, and rows that came from one, stay together."""
+    records = [list(group) for _, group in groupby(rows, key=lambda row: where(row, 0))]
+    equal: dict[str, list[int]] = {}
+    for position, record in enumerate(records):
+        equal.setdefault(repr(record), []).append(position)
+    groups, positions = _part({"train": list(equal.values())}, split)
+    chosen = sorted(position for i in positions for position in groups[i])
+    return [row for position in chosen for row in records[position]]
+
+
+def _part(sets: Any, split: str) -> tuple[Any, list[int]]:
+    """A set and positions in it: the split itself, or a cut of "train" for those that are missing.
+
+    A held-out part is 5 % of the rows, at least one.
+    """
+    held_out = [name for name in _HELD_OUT if name not in sets]
     if split in sets and not (split == "train" and held_out):
         return sets[split], list(range(len(sets[split])))
     if "train" not in sets or split not in ("train", *held_out):
-        raise ValueError(f"split: {data!r} has {', '.join(sets)}, got {split!r}")
-    return sets["train"], _part(len(sets["train"]), split, data, held_out)
-
-
-def _part(count: int, split: str, data: str, held_out: tuple[str, ...] = _HELD_OUT) -> list[int]:
-    """Positions of one part of `count` rows: 5 % each for the held-out parts, the rest train."""
-    if split not in ("train", *held_out):
-        raise ValueError(f"split: expected train, {' or '.join(held_out)}, got {split!r}")
+        known = dict.fromkeys(("train", *_HELD_OUT, *sets) if "train" in sets else sets)
+        raise ValueError(f"split: expected one of {', '.join(known)}, got {split!r}")
+    count = len(sets["train"])
     order = list(range(count))
     random.Random(0).shuffle(order)
     size = max(1, round(count * 0.05)) if count > len(held_out) else 0
-    parts = {name: order[i * size : (i + 1) * size] for i, name in enumerate(held_out)}
-    parts["train"] = order[len(held_out) * size :]
-    if not parts[split]:
-        raise ValueError(
-            f"split: {data} has {count} rows, too few to hold any out for {split!r} (at least "
-            f"{len(held_out) + 1}); add rows, or use split='train'"
-        )
-    return sorted(parts[split])
+    start = len(held_out) * size if split == "train" else held_out.index(split) * size
+    part = order[start:] if split == "train" else order[start : start + size]
+    if not part:
+        raise ValueError(f"split: {count} different rows are too few to hold out a {split!r} part")
+    return sets["train"], sorted(part)
 
 
 def _sample(rows: list, limit: int | None, seed: int) -> list:
@@ -183,154 +213,112 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenized rows: `dataset` has the lists `input_ids` and `completion_mask` (1 = loss)."""
+def _load_hub(data: str, split: str, limit: Any, seed: int, revision: str | None) -> list[Row]:
+    if data not in REGISTERED and not _HUB_ID.fullmatch(data):
+        names = ["tinytown", *REGISTERED]
+        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(data, names, 1))
+        raise ValueError(
+            f"data: expected {', '.join(names)}, owner/name, a file, got {data!r}{near}"
+        )
+    hub, _, config = data.partition(":")
+    entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
+    options = {"data_files": entry.files, "revision": revision or entry.revision}
+    import datasets
 
-    dataset: Any
-    truncated: int
-    tokens: int
-    response_tokens: int
-    max_length: int
+    try:
+        sets = datasets.load_dataset(entry.hub, entry.config, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConnectionError(
+            f"data: {data!r} did not load from the hub: {error!r:.300}"
+        ) from error
+    rows, positions = _part(sets, split)
+    # Published sets hold a few empty answers and conversations; one's own data must be right.
+    rejected: list[str] | None = [] if data in REGISTERED else None
+    loaded = rows.select(_sample(positions, limit, seed))
+    converted = convert(loaded, f"{data} ({split}, as loaded)", rejected)
+    if rejected:
+        message = "%s: %d rows left out; the first: %s"
+        logging.getLogger("labkit").warning(message, data, len(rejected), rejected[0])
+    return converted[:limit]
+
+
+class Encoded(Sequence):
+    """Tokenized rows: a sequence of `Example`s, of token ids and masks (1 = loss)."""
+
+    def __init__(self, examples: Sequence[Example], truncated: int, max_length: int) -> None:
+        self.examples, self.truncated, self.max_length = tuple(examples), truncated, max_length
+        self.tokens = sum(len(example.ids) for example in self.examples)
+        self.response_tokens = sum(int(example.mask.sum()) for example in self.examples)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    @cached_property
+    def dataset(self) -> Any:
+        """The examples as a `datasets.Dataset` with TRL's columns, input_ids and completion_mask."""
+        import datasets
+
+        ids, masks = zip(*self.examples, strict=True)
+        return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
 
     def summary(self) -> str:
         """One line: rows, tokens, the share that carries loss, how many rows were cut."""
-        rows = len(self)
         return (
-            f"{rows:,} rows · {self.tokens:,} tokens ({self.tokens / rows:.1f} a row) · "
+            f"{len(self):,} rows · {self.tokens:,} tokens ({self.tokens / len(self):.1f} per row) · "
             f"{self.response_tokens:,} with loss ({self.response_tokens / self.tokens:.0%}) · "
             f"{self.truncated:,} cut to {self.max_length} tokens"
         )
 
 
 def encode(
-    rows: list[Row], tokenizer: Any, *, max_length: int = 512, template: str = "auto"
+    rows: Sequence[Row], tokenizer: Any, *, max_length: int = 512, template: str = "auto"
 ) -> Encoded:
-    """Token ids and masks whose 1s are the response and its end token: where loss falls.
+    """Token ids and masks whose 1s are the response and its EOS: where loss falls.
 
-    Prompt and completion are tokenized apart, so no token straddles the border. A row longer
-    than `max_length` (or the tokenizer's `model_max_length`, if smaller) loses the beginning of
-    its prompt (a begin token stays); a response that is too long by itself loses its end. Both
-    are counted in `truncated`. Plain `text` rows carry loss everywhere.
-
-    Raises ValueError naming the row (counted from 1) for an empty response or a row that the
-    template refuses, and for a tokenizer whose pad token is its end token.
+    Prompt and completion are tokenized apart, so no token straddles the border. A row longer than
+    `max_length` (or the tokenizer's `model_max_length`, if smaller) loses the beginning of its
+    prompt (a BOS stays), then the end of its response, and counts as `truncated`. Plain `text`
+    rows carry loss everywhere. Raises ValueError naming the row (of its file, if known) for an
+    empty response or a row that the template refuses, and for a pad token that is the EOS.
     """
     from .models import check_tokenizer
 
     if not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(
-            f"max_length: expected a whole number of tokens from 2, got {max_length!r}"
-        )
+        raise ValueError(f"max_length: expected a whole number from 2, got {max_length!r}")
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
     check_tokenizer(tokenizer)
-    limit = min(max_length, tokenizer.model_max_length)
-    prompts, completions = _render_all(rows, renderer(tokenizer, template))
-    tokens = (
-        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for texts in (prompts, completions)
-    )
-    examples = [_join(p, c, limit, tokenizer.bos_token_id) for p, c in zip(*tokens, strict=True)]
-    return _encoded(examples, limit)
-
-
-def _render_all(rows: list[Row], render_row: Any) -> tuple[list[str], list[str]]:
-    prompts, completions = [], []
+    limit, render_row = min(max_length, tokenizer.model_max_length), renderer(tokenizer, template)
+    rendered = []
     for number, row in enumerate(rows, start=1):
         try:
             if not response(row).strip():
-                raise ValueError(
-                    "the response is empty, so its mask is all zero and nothing would be "
-                    "learned; complete the row or take it out"
-                )
-            prompt, completion = render_row(row)
+                raise ValueError("the response is empty: nothing to learn; take the row out")
+            rendered.append(render_row(row))
         except ValueError as error:
-            raise ValueError(f"rows: row {number}: {error}") from error
-        prompts.append(prompt)
-        completions.append(completion)
-    return prompts, completions
+            raise ValueError(f"{where(row, number)}: {error}") from error
+    prompts, completions = (
+        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for texts in map(list, zip(*rendered, strict=True))
+    )
+    pairs = list(zip(prompts, completions, strict=True))
+    examples = [_join(*pair, limit, tokenizer.bos_token_id) for pair in pairs]
+    return Encoded(examples, sum(len(p) + len(c) > limit for p, c in pairs), limit)
 
 
-def _join(
-    prompt: list[int], completion: list[int], limit: int, begin: int | None
-) -> tuple[list[int], list[int], bool]:
-    """Ids and mask of one example, cut to `limit`, and whether it was cut."""
-    cut = len(prompt) + len(completion) > limit
-    if cut:
-        head = prompt[:1] if prompt and prompt[0] == begin else []
+def _join(prompt: list[int], completion: list[int], limit: int, bos: int | None) -> Example:
+    """Ids and mask of one example, cut to `limit`."""
+    import numpy as np
+
+    from .batching import Example
+
+    if len(prompt) + len(completion) > limit:
+        head = prompt[:1] if prompt and prompt[0] == bos else []
         completion = completion[: limit - len(head)]
-        room = limit - len(head) - len(completion)
-        prompt = head + prompt[len(prompt) - room :]
-    return prompt + completion, [0] * len(prompt) + [1] * len(completion), cut
-
-
-def _encoded(examples: list[tuple[list[int], list[int], bool]], limit: int) -> Encoded:
-    import datasets
-
-    ids, masks, cuts = (list(column) for column in zip(*examples, strict=True))
-    return Encoded(
-        dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
-        truncated=sum(cuts),
-        tokens=sum(map(len, ids)),
-        response_tokens=sum(map(sum, masks)),
-        max_length=limit,
-    )
-
-
-@dataclass(frozen=True)
-class MaskView:
-    """Examples as lists of (token text, carries loss); shown coloured, all text escaped."""
-
-    examples: list[list[tuple[str, bool]]]
-
-    def _repr_html_(self) -> str:
-        lines = []
-        for number, pieces in enumerate(self.examples, start=1):
-            spans = "".join(
-                f'<span style="{_LOSS if loss else _NO_LOSS}">{_visible(text)}</span>'
-                for text, loss in pieces
-            )
-            lines.append(f'<p style="line-height:1.9;text-align:left"><b>{number}</b> {spans}</p>')
-        legend = f'<span style="{_NO_LOSS}">no loss</span> <span style="{_LOSS}">loss</span>'
-        return f"<div>{legend}{''.join(lines)}</div>"
-
-    def __repr__(self) -> str:
-        lines = []
-        for number, pieces in enumerate(self.examples, start=1):
-            texts = (f"[{text}]" if loss else text for text, loss in pieces)
-            lines.append(f"{number}  {''.join(texts)}")
-        return "\n".join([*lines, "[…] carries loss"])
-
-
-_NO_LOSS = "border:1px solid #8885;opacity:.65"
-_LOSS = "border:1px solid #2a6;background:#2a63"
-
-
-def show_masks(encoded: Encoded, tokenizer: Any, n: int = 3) -> MaskView:
-    """The first n examples token by token, coloured by whether they carry loss."""
-    chosen = encoded.dataset.select(range(min(n, len(encoded))))
-    return MaskView(
-        [_pieces(row["input_ids"], row["completion_mask"], tokenizer) for row in chosen]
-    )
-
-
-def _pieces(ids: list[int], mask: list[int], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Token texts; tokens that only together make a character are shown as one."""
-    pieces: list[tuple[str, bool]] = []
-    group: list[int] = []
-    for index, token in enumerate(ids):
-        group.append(token)
-        text = tokenizer.decode(group, clean_up_tokenization_spaces=False)
-        last = index + 1 == len(ids) or mask[index + 1] != mask[index]
-        if last or "\ufffd" not in text:
-            pieces.append((text, bool(mask[index])))
-            group = []
-    return pieces
-
-
-def _visible(text: str) -> str:
-    return html.escape(text).replace("\n", "⏎<br>").replace(" ", "&nbsp;")
+        space = limit - len(head) - len(completion)
+        prompt = head + prompt[len(prompt) - space :]
+    ids = np.array(prompt + completion, dtype=np.int64)
+    return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int64))

@@ -198,3 +198,55 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a reward model orders pairs: `margins` r_better - r_worse, in nats of log-odds.
+
+    `rankings` counts the rows from which the pairs come.
+    """
+
+    margins: list[float]
+    rankings: int
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of pairs whose better response scores higher."""
+        return sum(margin > 0 for margin in self.margins) / len(self.margins)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval, for as many cases as rankings: pairs of one are not independent."""
+        return wilson(round(self.accuracy * self.rankings), self.rankings)
+
+    @property
+    def margin(self) -> float:
+        return sum(self.margins) / len(self.margins)
+
+    @property
+    def loss(self) -> float:
+        """Mean of -log sigma(margin) over all pairs, in nats; guessing has log 2."""
+        return float(np.logaddexp(0, -np.array(self.margins)).mean())
+
+    def calibration(self, bins: int = 5) -> list[dict[str, float]]:
+        """How sure the model was of the response that it preferred, and how often it was right.
+
+        Bins of equal width over probabilities from 0.5 to 1, without the empty ones: `predicted`
+        (mean probability), `observed` (fraction right), `low` and `high` (Wilson), `n` (pairs).
+        """
+        margins = np.array(self.margins)
+        sure, groups = 1 / (1 + np.exp(-np.abs(margins))), []
+        number = np.minimum((2 * sure - 1) * bins, bins - 1).astype(int)
+        for inside in (number == i for i in np.unique(number)):
+            right, n = int((margins[inside] > 0).sum()), int(inside.sum())
+            low, high = wilson(right, n)
+            seen = {"predicted": float(sure[inside].mean()), "observed": right / n}
+            groups.append(seen | {"low": low, "high": high, "n": n})
+        return groups
+
+    def calibration_error(self, bins: int = 5) -> float:
+        """Mean of |observed - predicted| over the bins, each counted by its pairs."""
+        found = self.calibration(bins)
+        off = sum(abs(b["observed"] - b["predicted"]) * b["n"] for b in found)
+        return off / len(self.margins)

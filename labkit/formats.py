@@ -1,19 +1,8 @@
-"""Recognizes how a row is laid out and converts it to TRL's columns.
+"""Recognizes how rows are laid out and converts them to TRL's columns.
 
-| format | columns | becomes |
-| --- | --- | --- |
-| self_instruct | instruction, instances[{input, output}] | prompt, completion, one an instance |
-| coig | instruction, conversations[{question, answer}] | messages |
-| sharegpt | conversations[{from, value}] | messages |
-| ranking | prompt, responses, ranks (1 = best) | the same |
-| preference | prompt, chosen, rejected | the same |
-| transcripts | chosen, rejected (hh-rlhf's text, or messages) | prompt, chosen, rejected |
-| messages | messages[{role, content}] | the same |
-| alpaca | instruction, output (input) | prompt, completion; instruction and input are kept |
-| pairs | prompt/completion, prompt/response, question/answer, … | prompt, completion |
-| text | text | the same |
-
-The first row decides the format for all. Further columns (an id, a task name) are kept.
+These are `prompt`, `completion` · `prompt`, `chosen`, `rejected` · `prompt`, `responses`, `ranks` ·
+`messages` · `text`; prompts and replies are texts or lists of messages. Further columns are kept,
+`system` becomes a message, and a row of which something would be lost (tool calls) is refused.
 """
 
 from __future__ import annotations
@@ -24,275 +13,238 @@ from typing import Any
 
 Row = dict[str, Any]
 Message = dict[str, str]
+Converter = Callable[[Row, list[str]], Row]
 
-CANONICAL = ("prompt", "completion", "chosen", "rejected", "messages", "text", "responses", "ranks")
-# In this order: a row with `messages` and `text` beside its preference columns is a preference.
-FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("self_instruct", ("instruction", "instances")),
-    ("coig", ("instruction", "conversations")),
-    ("sharegpt", ("conversations",)),
-    ("ranking", ("prompt", "responses", "ranks")),
-    ("preference", ("prompt", "chosen", "rejected")),
-    ("transcripts", ("chosen", "rejected")),
-    ("messages", ("messages",)),
-    ("alpaca", ("instruction", "output")),
-    ("pairs", ("prompt", "completion")),
-    ("pairs", ("prompt", "response")),
-    ("pairs", ("question", "answer")),
-    ("pairs", ("inputs_pretokenized", "targets_pretokenized")),
-    ("pairs", ("inputs", "targets")),
-    ("text", ("text",)),
-)
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "assistant": "assistant", "system": "system",
+CANONICAL = {"prompt", "completion", "chosen", "rejected", "messages", "text", "responses", "ranks"}
+_LOST = "tools functions tool_calls function_call reasoning_content history images videos audios"
+_ROLES = dict.fromkeys("assistant gpt chatgpt bing bard model".split(), "assistant")
+_ROLES |= {
+    "user": "user",
+    "human": "user",
+    "system": "system",
+    "developer": "system",
     "tool": "tool",
-}  # fmt: skip
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class Located(Row):
+    """A row that knows its place in its file, for errors; else like any other dict."""
+
+    where: str
+
+
+def where(row: Row, number: int) -> str:
+    """What errors call a row: its place in its file if known, else its number in the list."""
+    return getattr(row, "where", f"rows: row {number}")
 
 
 def recognize(row: Row) -> str:
-    """The name of the row's format; ValueError with its columns if no format fits."""
-    return _recognize(row, "row")[0]
+    """The columns by which the row's format is known; ValueError if no format fits."""
+    for columns in FORMATS:
+        if all(row.get(column) is not None for column in columns.split()):
+            return columns
+    known = "; ".join(FORMATS).replace(" ", " + ").replace("; + ", "; ")
+    raise ValueError(
+        f"no known format has the columns {', '.join(map(str, row))}; expected {known}"
+    )
 
 
-def convert(rows: Iterable[Row], source: str) -> list[Row]:
-    """Rows of any known format as rows with TRL's columns.
+def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None) -> list[Row]:
+    """Rows of any known format, decided by the first, as rows with TRL's columns.
 
-    `source` is what errors call the rows (a file, a hub id); rows are counted from 1. Raises
-    ValueError for a row without its columns, with a value of the wrong type, or with an empty
-    answer (nothing to learn from). An empty reply in a preference pair is allowed: hh-rlhf has
-    some.
+    Errors name `source` (a file, a hub id) and the row, counted from 1. Raises ValueError for missing
+    columns, a value of the wrong type, or an empty answer (in a preference it may be empty: hh-rlhf
+    has some). With a list for `rejected`, such a row is left out and its error appended.
     """
-    return [row for group in convert_groups(rows, source) for row in group]
-
-
-def convert_groups(
-    rows: Iterable[Row], source: str, rejected: list[str] | None = None
-) -> list[list[Row]]:
-    """Like `convert`, but keeps together what came from one row, so that a cut cannot part it.
-
-    With a list for `rejected`, a row that does not convert is left out and its message appended.
-    """
-    groups: list[list[Row]] = []
-    layout: tuple[str, tuple[str, ...]] | None = None
+    converted: list[Row] = []
+    columns = ""
     for number, row in enumerate(rows, start=1):
-        where = f"data: {source}, row {number}"
+        place = f"data: {source}, row {number}"
         try:
-            if layout is None:
-                layout = _recognize(row, where)
-            groups.append(_convert_row(row, layout, where))
+            columns = columns or recognize(row)
+            for new in map(Located, _convert(row, columns.split(), FORMATS[columns])):
+                new.where = place
+                converted.append(new)
         except ValueError as error:
             if rejected is None:
-                raise
-            rejected.append(str(error))
-    return groups
-
-
-def _recognize(row: Row, where: str) -> tuple[str, tuple[str, ...]]:
-    for name, columns in FORMATS:
-        if all(row.get(column) is not None for column in columns):
-            return name, columns
-    known = "; ".join(dict.fromkeys(" + ".join(columns) for _, columns in FORMATS))
-    raise ValueError(f"{where}: no known format has the columns {_names(row)}; expected {known}")
-
-
-def _convert_row(row: Row, layout: tuple[str, tuple[str, ...]], where: str) -> list[Row]:
-    name, columns = layout
-    for column in columns:
-        if row.get(column) is None:
-            raise ValueError(
-                f"{where}: expected the columns {', '.join(columns)} ({name}, as the first row), "
-                f"got no {column!r} among {_names(row)}; complete the row or take it out"
-            )
-    used = {*columns, *CANONICAL}
-    rest = {key: value for key, value in row.items() if key not in used}
-    return [{**rest, **new} for new in _CONVERTERS[name](row, columns, where)]
-
-
-def _self_instruct(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    instances = row["instances"]
-    if not isinstance(instances, list) or not instances:
-        raise ValueError(f"{where}: 'instances': expected a list of {{input, output}}, got "
-                         f"{instances!r}")  # fmt: skip
-    shared = {"instruction": row["instruction"]}
-    converted = []
-    for instance in instances:
-        if not isinstance(instance, dict) or "output" not in instance:
-            raise ValueError(f"{where}: 'instances': expected {{input, output}}, got {instance!r}")
-        converted += _alpaca({**shared, **instance}, columns, where)
+                raise ValueError(f"{place}: {error}") from error
+            rejected.append(f"{place}: {error}")
     return converted
 
 
-def _alpaca(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    instruction = _text(row, "instruction", where)
-    given = _text({"input": row.get("input") or ""}, "input", where)
-    prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
-    completion = _answer(row, "output", where)
-    return [{"prompt": prompt, "completion": completion, "instruction": instruction,
-             "input": given}]  # fmt: skip
+def _convert(row: Row, columns: list[str], converter: Converter) -> list[Row]:
+    if missing := [column for column in columns if row.get(column) is None]:
+        raise ValueError(f"expected {', '.join(columns)} as in row 1, got no {missing[0]!r}")
+    _check_lost(row)
+    if str(row.get("label")).lower() == "false":
+        raise ValueError("'label' is false: a bad answer would be learned; take the row out")
+    rest = {key: value for key, value in row.items() if key not in CANONICAL | {*columns}}
+    parts = [row]
+    if "instances" in columns:  # Self-Instruct: several examples of one task
+        columns = ["instruction", "output"]
+        parts = [{columns[0]: row[columns[0]], **part} for part in _objects(row, "instances")]
+    converted = [{**rest, **converter(part, columns)} for part in parts]
+    system = row.get("system") or row.get("system_prompt")
+    for new in converted if system else []:
+        column = "messages" if "messages" in new else "prompt"
+        first = _message({"role": "system", "content": system}, "system")
+        new[column] = [first, *_turns(new, column, "user")]
+        new.pop("instruction", None)  # Alpaca's template would use it, without the system message
+    return converted
 
 
-def _pairs(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    prompt, completion = columns
-    if isinstance(row[prompt], list):
-        return [{"prompt": _messages(row[prompt], prompt, where),
-                 "completion": _messages(row[completion], completion, where)}]  # fmt: skip
-    return [{"prompt": _text(row, prompt, where), "completion": _answer(row, completion, where)}]
+def _check_lost(row: Row) -> None:
+    if lost := [column for column in _LOST.split() if row.get(column)]:
+        raise ValueError(f"{lost[0]!r} cannot be used and would be lost; take it out of the row")
 
 
-def _plain(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    return [{"text": _answer(row, "text", where)}]
+def _pair(row: Row, columns: list[str]) -> Row:
+    (prompt, completion), kept = _question_and_replies(row, columns)
+    if isinstance(completion, str):
+        _string(row, columns[1], filled=True)
+    return {"prompt": prompt, "completion": completion, **kept}
 
 
-def _chat(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    column = columns[-1]
-    messages = _messages(row[column], column, where)
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers or not answers[-1]["content"].strip():
-        raise ValueError(f"{where}: {column!r}: expected an answer of the assistant, got none")
-    return [{"messages": messages}]
+def _question_and_replies(row: Row, columns: list[str]) -> tuple[list[Any], Row]:
+    """Texts if all are texts, else messages; and the parts of the question for Alpaca's template."""
+    kept: Row = {}
+    if columns[0] == "instruction":
+        given = row.get("input") or (columns[-1] == "response" and row.get("context")) or ""
+        kept = {"instruction": row["instruction"], "input": given}
+        parts = [_string(kept, name) for name in kept]
+        row = {**row, "instruction": "\n\n".join(parts) if given.strip() else parts[0]}
+    if all(isinstance(row.get(column), str) for column in columns):
+        return [_string(row, column) for column in columns], kept
+    first, *others = columns
+    return [_turns(row, first, "user"), *(_turns(row, c, "assistant") for c in others)], kept
 
 
-def _coig(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    turns = _list(row["conversations"], "conversations", where)
-    if not turns or not all(isinstance(turn, dict) and "question" in turn for turn in turns):
-        return _chat({"conversations": turns}, ("conversations",), where)
-    messages: list[Message] = []
-    for turn in turns:
-        messages.append({"role": "user", "content": _text(turn, "question", where)})
-        messages.append({"role": "assistant", "content": _answer(turn, "answer", where)})
-    instruction = _text(row, "instruction", where)
-    if instruction.strip():
-        messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}".strip()
-    return [{"messages": messages}]
+def _preference(row: Row, columns: list[str]) -> Row:
+    (prompt, chosen, rejected), kept = _question_and_replies(row, columns)
+    if kept and row.get("output"):
+        kept["completion"] = _string(row, "output")  # the row is Alpaca's as well
+    if not isinstance(prompt, str) and chosen[0]["role"] != "assistant":  # whole conversations
+        given = isinstance(row[columns[0]], str) or chosen[: len(prompt)] == prompt
+        before = [] if given else prompt
+        return _transcripts({"chosen": before + chosen, "rejected": before + rejected}, columns)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **kept}
 
 
-def _preference(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    if isinstance(row["prompt"], list):
-        names = ("prompt", "chosen", "rejected")
-        return [{name: _messages(row[name], name, where) for name in names}]
-    if isinstance(row["chosen"], list):
-        return _transcripts(row, columns, where)
-    return [{name: _text(row, name, where) for name in ("prompt", "chosen", "rejected")}]
-
-
-def _transcripts(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
+def _transcripts(row: Row, columns: list[str]) -> Row:
     """Two conversations with a common beginning: that is the prompt, the rest the two replies."""
-    chosen, rejected = (_conversation(row, name, where) for name in ("chosen", "rejected"))
+    chosen, rejected = (_conversation(row, name) for name in ("chosen", "rejected"))
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while chosen[shared : shared + 1] == rejected[shared : shared + 1] != []:
         shared += 1
-    replies = chosen[shared:], rejected[shared:]
-    if not shared or not all(reply and reply[0]["role"] == "assistant" for reply in replies):
-        raise ValueError(
-            f"{where}: expected chosen and rejected to share their beginning and to differ in a "
-            f"reply of the assistant; they share {shared} turns of {len(chosen)} and "
-            f"{len(rejected)}, and what follows is no pair of replies"
-        )
-    return [{"prompt": chosen[:shared], "chosen": replies[0], "rejected": replies[1]}]
+    prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt or [turns[0]["role"] for turns in (chosen, rejected) if turns] != 2 * [
+        "assistant"
+    ]:
+        raise ValueError(f"'rejected': expected another reply than 'chosen'; {shared} turns agree")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _conversation(row: Row, column: str, where: str) -> list[Message]:
-    if isinstance(row[column], list):
-        return _messages(row[column], column, where)
-    parts = _TURN.split(_text(row, column, where))
-    if parts[0].strip() or len(parts) < 3:
-        raise ValueError(
-            f"{where}: {column!r}: expected a transcript of turns '\\n\\nHuman: …' and "
-            f"'\\n\\nAssistant: …', got {row[column][:60]!r}"
-        )
+def _conversation(row: Row, column: str) -> list[Message]:
+    if not isinstance(row[column], str):
+        return _turns(row, column, "user")
+    start, *parts = _SPEAKER.split(_string(row, column))
+    if start.strip() or not parts:
+        raise ValueError(f"{column!r}: expected 'Human: …', 'Assistant: …', got {start!r:.60}")
     turns: list[Message] = []
-    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        role = ROLES[speaker.lower()]
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role = _ROLES[speaker.lower()]
         # Many chat templates refuse two turns of the same role in a row; hh-rlhf has some.
         if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content.strip()}".strip()
-        else:
-            turns.append({"role": role, "content": content.strip()})
+            content = f"{turns.pop()['content']}\n\n{content.strip()}"
+        turns.append({"role": role, "content": content.strip()})
     return turns
 
 
-def _ranking(row: Row, columns: tuple[str, ...], where: str) -> list[Row]:
-    prompt, responses, ranks = (row[column] for column in columns)
-    fits = isinstance(responses, list) and isinstance(ranks, list)
-    if not fits or len(responses) != len(ranks) or len(responses) < 2:
-        raise ValueError(
-            f"{where}: expected two or more responses and as many ranks (1 = best), got "
-            f"{_count(responses)} responses and {_count(ranks)} ranks"
-        )
-    if not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
-        raise ValueError(f"{where}: 'ranks': expected whole numbers from 1 (best), got {ranks!r}")
-    if len(set(ranks)) < len(ranks):
-        raise ValueError(f"{where}: 'ranks': expected no ties (decide them, or leave a response out), "
-                         f"got {ranks!r}")  # fmt: skip
-    for response in responses:
-        _text({"responses": response}, "responses", where)
-    _ = prompt if isinstance(prompt, list) else _text(row, "prompt", where)
-    return [{"prompt": prompt, "responses": responses, "ranks": ranks}]
+def _ranking(row: Row, columns: list[str]) -> Row:
+    responses, ranks = row["responses"], row["ranks"]
+    whole = isinstance(ranks, list) and all(isinstance(rank, int) for rank in ranks)
+    texts = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
+    if not whole or not texts or not 2 <= len(responses) == len(ranks) == len(set(ranks)):
+        raise ValueError(f"'ranks': expected numbers of texts, no ties, got {ranks!r:.60}")
+    return {name: row[name] for name in columns}
 
 
-_CONVERTERS: dict[str, Callable[[Row, tuple[str, ...], str], list[Row]]] = {
-    "self_instruct": _self_instruct, "coig": _coig, "sharegpt": _chat, "ranking": _ranking,
-    "preference": _preference, "transcripts": _transcripts, "messages": _chat,
-    "alpaca": _alpaca, "pairs": _pairs, "text": _plain,
-}  # fmt: skip
+def _chat(row: Row, columns: list[str]) -> Row:
+    messages = _turns(row, columns[-1], "user")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or not answers[-1]["content"].strip():
+        raise ValueError(f"{columns[-1]!r}: expected an answer of the assistant, got none")
+    return {"messages": messages}
 
 
-def _messages(turns: Any, column: str, where: str) -> list[Message]:
-    messages = []
-    for turn in _list(turns, column, where):
-        if not isinstance(turn, dict):
-            raise ValueError(f"{where}: {column!r}: expected role and content, got {turn!r}")
-        role = turn.get("role", turn.get("from"))
-        if role not in ROLES:
-            raise ValueError(
-                f"{where}: {column!r}: expected a role among {', '.join(ROLES)}, got {role!r}"
-            )
-        content = _text({column: turn.get("content", turn.get("value"))}, column, where)
-        messages.append({"role": ROLES[role], "content": content})
-    if not messages:
-        raise ValueError(f"{where}: {column!r}: expected at least one message, got none")
-    return messages
+def _coig(row: Row, columns: list[str]) -> Row:
+    turns = _objects(row, "conversations")
+    if "question" not in turns[0]:
+        return _chat(row, columns)
+    names = (("user", "question"), ("assistant", "answer"))
+    messages = [{"role": role, "content": _string(t, name)} for t in turns for role, name in names]
+    if _string(row, "instruction").strip():
+        messages[0]["content"] = f"{row['instruction']}\n\n{messages[0]['content']}".strip()
+    return _chat({"messages": messages}, ["messages"])
 
 
-def _list(turns: Any, column: str, where: str) -> list[Any]:
+def _turns(row: Row, column: str, role: str) -> list[Message]:
+    """Messages as they are, or a text as one message of `role`."""
+    if isinstance(row.get(column), str):
+        return [{"role": role, "content": _string(row, column)}]
+    return [_message(turn, column) for turn in _objects(row, column)]
+
+
+def _message(turn: Row, column: str) -> Message:
+    _check_lost(turn)
+    role = str(turn.get("role") or turn.get("from")).lower()
+    if role not in _ROLES:
+        raise ValueError(f"{column!r}: expected a role of {', '.join(_ROLES)}, got {role:.60}")
+    content = turn.get("content")
+    content = turn.get("value") if content is None else content
+    if isinstance(content, list):
+        content = "".join(_string(part, "text") for part in _objects({column: content}, column))
+    return {"role": _ROLES[role], "content": _string({column: content}, column)}
+
+
+def _objects(row: Row, column: str) -> list[Row]:
+    value = row.get(column)
     # Arrow hands a sequence of structs over as one dict of lists.
-    if isinstance(turns, dict) and turns and all(isinstance(v, list) for v in turns.values()):
-        return [
-            dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
-        ]
-    if not isinstance(turns, list):
-        raise ValueError(f"{where}: {column!r}: expected a list of messages, got {_type(turns)}")
-    return turns
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r}: expected text, got {_type(value)}")
-    if _SURROGATE.search(value):
-        raise ValueError(f"{where}: {column!r}: holds half a Unicode pair (\\ud800…\\udfff); "
-                         "write the whole character")  # fmt: skip
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
+        raise ValueError(f"{column!r}: expected a list of objects, got {value!r:.60}")
     return value
 
 
-def _answer(row: Row, column: str, where: str) -> str:
-    value = _text(row, column, where)
-    if not value.strip():
-        raise ValueError(f"{where}: {column!r} is empty, so nothing could be learned from it; "
-                         "complete the row or take it out")  # fmt: skip
+def _string(row: Row, column: str, filled: bool = False) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or _SURROGATE.search(value):
+        what = "half a Unicode pair" if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{column!r}: expected text, got {what}: {value!r:.60}")
+    if filled and not value.strip():
+        raise ValueError(f"{column!r} is empty: nothing to learn; take the row out")
     return value
 
 
-def _names(row: Row) -> str:
-    return ", ".join(str(key) for key, value in row.items() if value is not None) or "(none)"
-
-
-def _type(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:40]}"
-
-
-def _count(value: Any) -> str:
-    return str(len(value)) if isinstance(value, list) else _type(value)
+_PAIRS = (
+    "instruction output, prompt completion, prompt response, question answer, question response, "
+    "question std_answer, query response, inputs_pretokenized targets_pretokenized, "
+    "inputs targets, instruction response"
+)
+_QUESTIONS = ("prompt", "instruction", "question", "conversations")
+# A row's format is the first whose columns it has: preferences may have `messages` as well.
+FORMATS: dict[str, Converter] = {
+    "instruction instances": _pair,  # Self-Instruct
+    "prompt responses ranks": _ranking,
+    **dict.fromkeys([f"{question} chosen rejected" for question in _QUESTIONS], _preference),
+    "instruction conversations": _coig,
+    "conversations": _chat,  # ShareGPT
+    "chosen rejected": _transcripts,  # hh-rlhf: two whole conversations
+    "messages": _chat,
+    **dict.fromkeys(_PAIRS.split(", "), _pair),
+    "text": lambda row, columns: {"text": _string(row, "text", filled=True)},
+}

@@ -11,6 +11,7 @@ enter the output head: neither prompts nor padding cost logits. Logits are float
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -108,13 +109,16 @@ def keeps_apart(model: nn.Module) -> bool:
     """
     if has_soft_prompt(model):
         return False
-    device = next(model.parameters()).device
-    last = base_model(model).get_input_embeddings().num_embeddings - 1
+    backbone, device = base_model(model).base_model, next(model.parameters()).device
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return False
+    last = backbone.get_input_embeddings().num_embeddings - 1
 
     def second(first: list[int]) -> Tensor:
-        texts = [first, [min(i, last) for i in (3, 4, 5, 6)]]
-        batch = pack([Example(np.array(t), np.ones(len(t), dtype=np.int64)) for t in texts])
-        return batch.by_example(forward(model, batch.to(device))[0])[1]
+        texts = [np.minimum(ids, last) for ids in (first, [3, 4, 5, 6])]
+        batch = pack([Example(ids, np.ones_like(ids)) for ids in texts]).to(device)
+        hidden = backbone(batch.input_ids, position_ids=batch.position_ids, use_cache=False)[0]
+        return hidden.flatten(0, 1)[batch.starts[1] : batch.ends[1] + 1]
 
     with evaluating(model), torch.autocast(device.type, enabled=False):
         return torch.equal(second([1, 2, 3, 4, 5, 6]), second([6, 5, 1, 2, 2, 1]))

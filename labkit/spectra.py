@@ -1,9 +1,8 @@
 """Singular values of weight updates: how many directions does a change of weights need?
 
-For an update D = W_tuned - W_0 with singular values s1 >= s2 >= …, the best approximation of
-rank r keeps the share (s1² + … + sr²) / (s1² + s2² + …) of its energy (Eckart and Young 1936).
-A random matrix of the same shape is the baseline: it has no direction to prefer, and yet its
-first r hold more than r / min(d, k).
+Of an update D = W_tuned - W_0 with singular values s1 >= s2 >= …, the best approximation of rank
+r keeps the share (s1² + … + sr²) / (s1² + s2² + …) of the energy (Eckart and Young 1936). A random
+matrix is the baseline: it prefers no direction, and yet keeps more than r / min(d, k).
 """
 
 from __future__ import annotations
@@ -13,22 +12,23 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
-def weights(model: Any) -> dict[str, torch.Tensor]:
+def weights(model: Any) -> dict[str, Tensor]:
     """Float32 copies of the weights of all linear layers but the output head, by layer name."""
-    from labkit.techniques.lora import find_targets
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    head = model.get_output_embeddings()
+    return {n: m.weight.detach().float().clone() for n, m in found.items() if m is not head}
 
-    found = find_targets(model).items()
-    return {name: layer.weight.detach().float().clone() for name, layer in found}
 
-
-def updates(model: Any, origin: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def updates(model: Any, origin: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """W_tuned - W_0 for every layer of `origin`, which `weights` gave before training."""
     return {name: weight - origin[name] for name, weight in weights(model).items()}
 
 
-def energy(matrix: torch.Tensor, ranks: Sequence[int]) -> list[float]:
+def energy(matrix: Tensor, ranks: Sequence[int]) -> list[float]:
     """The share of the squared singular values of a (d, k) matrix in the first r, for each r."""
     squares = torch.linalg.svdvals(matrix.float()).double() ** 2
     if not squares.sum() > 0:
@@ -37,28 +37,22 @@ def energy(matrix: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     return [shares[min(r, len(shares)) - 1].item() for r in ranks]
 
 
-def mean_energy(matrices: Mapping[str, torch.Tensor], ranks: Sequence[int]) -> dict[str, float]:
+def mean_energy(matrices: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[str, float]:
     """`energy`, averaged over the matrices: {rank: share}."""
-    shares = [energy(matrix, ranks) for matrix in matrices.values()]
-    return {
-        str(r): fmean(column) for r, column in zip(ranks, zip(*shares, strict=True), strict=True)
-    }
+    columns = zip(*(energy(matrix, ranks) for matrix in matrices.values()), strict=True)
+    return {str(r): fmean(column) for r, column in zip(ranks, columns, strict=True)}
 
 
-def random_like(matrices: Mapping[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
+def random_like(matrices: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """Matrices of independent normal numbers, of the same names and shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.randn(m.shape, generator=generator) for n, m in matrices.items()}
 
 
 @torch.no_grad()
-def truncate(
-    model: Any, origin: Mapping[str, torch.Tensor], changes: Mapping[str, torch.Tensor], rank: int
-) -> None:
+def truncate(model: Any, origin: Mapping, changes: Mapping[str, Tensor], rank: int) -> None:
     """Sets each weight to W_0 plus the best approximation of its update of this rank."""
-    from labkit.techniques.lora import find_targets
-
-    for name, layer in find_targets(model).items():
-        u, s, v = torch.linalg.svd(changes[name].float(), full_matrices=False)
+    for name, change in changes.items():
+        u, s, v = torch.linalg.svd(change.float(), full_matrices=False)
         best = (u[:, :rank] * s[:rank]) @ v[:rank]
-        layer.weight.copy_(origin[name] + best)
+        model.get_submodule(name).weight.copy_(origin[name] + best)

@@ -1,8 +1,8 @@
-"""Turns a canonical row into the two texts a model sees: the prompt and the completion.
+"""Renders a row as the two texts that a model reads: the prompt and the completion.
 
-The border between them is the whole point: loss falls on the completion only, and its last
-token is the end token, so that the model learns to stop. Templates: the tokenizer's own chat
-template, Alpaca's (chapter 5.4.2) in English and Chinese, and plain text.
+Loss falls on the completion only, which ends with the EOS, so that the model learns to stop.
+Prompt and completion together are what the chat template itself renders; what it puts before an
+answer (an empty block of thoughts) belongs to the prompt, and is no part of the answer.
 """
 
 from __future__ import annotations
@@ -10,64 +10,65 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-Row = dict[str, Any]
+from .formats import Message, Row
+
 Rendered = tuple[str, str]
 
 TEMPLATES = ("auto", "chat", "alpaca", "alpaca_zh", "plain")
+_ENGLISH = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{{instruction}}\n\n{}### Response:\n"
+)
+_CHINESE = (
+    "以下是一条描述任务的指令{}。请写出恰当完成该请求的回复。\n\n"
+    "### 指令：\n{{instruction}}\n\n{}### 回复：\n"
+)
+_CONTEXT = ", paired with an input that provides further context"
 ALPACA = {
-    "en": (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-    ),
-    "en_input": (
-        "Below is an instruction that describes a task, paired with an input that provides "
-        "further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    ),
-    "zh": (
-        "以下是一条描述任务的指令。请写出恰当完成该请求的回复。\n\n"
-        "### 指令：\n{instruction}\n\n### 回复：\n"
-    ),
-    "zh_input": (
-        "以下是一条描述任务的指令，并附有提供更多背景的输入。请写出恰当完成该请求的回复。\n\n"
-        "### 指令：\n{instruction}\n\n### 输入：\n{input}\n\n### 回复：\n"
-    ),
+    "en": _ENGLISH.format("", ""),
+    "en_input": _ENGLISH.format(_CONTEXT, "### Input:\n{input}\n\n"),
+    "zh": _CHINESE.format("", ""),
+    "zh_input": _CHINESE.format("，并附有提供更多背景的输入", "### 输入：\n{input}\n\n"),
 }
 _MARK = "THE-ANSWER-STANDS-HERE"
 
 
 def render(row: Row, tokenizer: Any, template: str = "auto") -> Rendered:
-    """The row's prompt text and completion text, ready to be tokenized without special tokens.
+    """The row's prompt text and completion text, to be tokenized without special tokens.
 
-    template: "chat" (the tokenizer's chat template), "alpaca", "alpaca_zh", "plain" (the texts
-    as they are, the answer on a new line), or "auto": "chat" if the tokenizer has a chat
-    template, else "alpaca". The completion ends with the end token, as text: what the chat
-    template puts after an assistant's turn, else `eos_token`. A begin token is part of the
-    prompt where the tokenizer adds one. `messages`: the last turn of the assistant is the
-    completion, everything before it the prompt. `text`: all of it is the completion.
-
-    Raises ValueError for an unknown template, "chat" without a chat template, a conversation
-    in an Alpaca template, or a row that has nothing to train on.
+    template: "chat" (the tokenizer's), "alpaca" or "alpaca_zh" (chapter 5.4.2), "plain" (the texts,
+    the answer on a new line), or "auto": "chat" if the tokenizer has a template, else "alpaca".
+    `messages`: the last answer is the completion. `text`: all of it is the completion. ValueError
+    for a template that does not fit the tokenizer or row, or drops or rewrites the answer.
     """
     return renderer(tokenizer, template)(row)
 
 
 def renderer(tokenizer: Any, template: str = "auto") -> Callable[[Row], Rendered]:
     """`render` for many rows: what depends on the tokenizer only is found out once."""
-    if template not in TEMPLATES:
-        raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "alpaca"
-    if template == "chat":
-        return _chat_renderer(tokenizer)
-    begin, end = _begin(tokenizer), _end(tokenizer)
+    template, end = _resolve(tokenizer, template), tokenizer.eos_token
+    if not end:
+        raise ValueError("tokenizer: expected an eos_token, got none; nothing could learn to stop")
+    ids = tokenizer("a")["input_ids"]
+    begin = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
+    frame = _answer_frame(tokenizer) if template == "chat" else None
 
-    def plain(row: Row) -> Rendered:
+    def rendered(row: Row) -> Rendered:
         if is_text(row):
             return begin, row["text"] + end
+        if frame:
+            return _chat(row, tokenizer, *frame)
         return begin + _prompt(row, template), response(row) + end
 
-    return plain
+    return rendered
+
+
+def eos_ids(tokenizer: Any, template: str = "auto") -> set[int]:
+    """The ids of tokens that end a response: the template's own end and the tokenizer's EOS."""
+    ends = {tokenizer.eos_token_id} - {None}
+    if _resolve(tokenizer, template) == "chat":
+        ends.add(tokenizer(_answer_frame(tokenizer)[2], add_special_tokens=False)["input_ids"][-1])
+    return ends
 
 
 def is_text(row: Row) -> bool:
@@ -75,7 +76,7 @@ def is_text(row: Row) -> bool:
     return "text" in row and "messages" not in row and "completion" not in row
 
 
-def turns(row: Row) -> list[dict[str, str]]:
+def turns(row: Row) -> list[Message]:
     """The row's prompt as chat messages."""
     if "completion" not in row and "messages" in row:
         return row["messages"][: _last_answer(row)]
@@ -84,125 +85,95 @@ def turns(row: Row) -> list[dict[str, str]]:
 
 
 def response(row: Row) -> str:
-    """The row's answer (for `text` rows: the text), without an end token."""
-    if "completion" in row:
-        completion = row["completion"]
-        if isinstance(completion, str):
-            return completion
-        if len(completion) == 1 and completion[0]["role"] == "assistant":
-            return completion[0]["content"]
-        raise ValueError(f"completion: expected text or one assistant message, got {completion!r}")
-    if "messages" in row:
-        return row["messages"][_last_answer(row)]["content"]
-    if "text" in row:
-        return row["text"]
-    raise ValueError(
-        f"expected a row with prompt and completion, messages, or text, got {', '.join(row)}; "
-        "preference pairs become completions by {'prompt': row['prompt'], "
-        "'completion': row['chosen']}"
-    )
+    """The row's answer (for `text` rows: the text), without an EOS."""
+    answer = row.get("completion", row.get("text"))
+    if "completion" not in row and "messages" in row:
+        answer = row["messages"][_last_answer(row)]["content"]
+    if isinstance(answer, list) and len(answer) == 1 and answer[0]["role"] == "assistant":
+        answer = answer[0]["content"]
+    if not isinstance(answer, str):
+        raise ValueError(
+            "expected a completion (text or one message of the assistant), messages, or text, got "
+            f"{', '.join(row)}; of a preference, give `chosen` as the completion"
+        )
+    return answer
 
 
 def prompt_text(row: Row) -> str:
     """The prompt as a reader sees it, without any template."""
-    if is_text(row):
-        return ""
-    messages = turns(row)
+    messages = [] if is_text(row) else turns(row)
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]
     return "\n\n".join(f"{m['role'].capitalize()}:\n{m['content']}" for m in messages)
 
 
 def _last_answer(row: Row) -> int:
-    for index in range(len(row["messages"]) - 1, -1, -1):
-        if row["messages"][index]["role"] == "assistant":
+    for index, message in reversed(list(enumerate(row["messages"]))):
+        if message["role"] == "assistant":
             return index
     raise ValueError("messages: expected a turn of the assistant, got none")
 
 
 def _prompt(row: Row, template: str) -> str:
     if template == "plain":
-        if len(turns(row)) > 1:
-            return f"{prompt_text(row)}\n\nAssistant:\n"
-        text = prompt_text(row)
+        text = prompt_text(row) + ("\n\nAssistant:" if len(turns(row)) > 1 else "")
         return text if not text or text[-1].isspace() else text + "\n"
-    language = "zh" if template == "alpaca_zh" else "en"
     instruction, given = row.get("instruction"), row.get("input") or ""
     if instruction is None:
-        messages = turns(row)
+        messages, given = turns(row), ""
         if len(messages) != 1:
             raise ValueError(
-                f"template: {template!r} takes one question, got a conversation of "
-                f"{len(messages)} messages; use template='plain', or 'chat' with a tokenizer "
-                "that has a chat template"
+                f"template: {template!r} takes one question, got {len(messages)} turns"
             )
-        instruction, given = messages[0]["content"], ""
-    form = ALPACA[f"{language}_input" if given.strip() else language]
-    return form.format(instruction=instruction, input=given)
+        instruction = messages[0]["content"]
+    form = ("zh" if template == "alpaca_zh" else "en") + ("_input" if given.strip() else "")
+    return ALPACA[form].format(instruction=instruction, input=given)
 
 
-def _chat_renderer(tokenizer: Any) -> Callable[[Row], Rendered]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "template: 'chat' needs a tokenizer with a chat template, and this one has none; "
-            "use template='alpaca' or 'plain', or an instruction-tuned model's tokenizer"
-        )
-    before, after = _answer_frame(tokenizer)
-    text_begin, text_end = _begin(tokenizer), _end(tokenizer)
-
-    def chat(row: Row) -> Rendered:
-        if is_text(row):
-            return text_begin, row["text"] + text_end
-        return _apply(tokenizer, turns(row), True), before + response(row) + after
-
-    return chat
+def _resolve(tokenizer: Any, template: str) -> str:
+    if template not in TEMPLATES:
+        raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
+    if template == "chat" and not tokenizer.chat_template:
+        raise ValueError("template: 'chat' needs a tokenizer with a chat template; use 'alpaca'")
+    return template if template != "auto" else "chat" if tokenizer.chat_template else "alpaca"
 
 
-def _answer_frame(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before and after an answer, up to its end token."""
+def _chat(row: Row, tokenizer: Any, space: str, tail: str, end: str) -> Rendered:
+    answer = response(row)
+    shown = answer if answer.strip() else _MARK  # a template may leave out an empty answer
+    whole = _apply(tokenizer, [*turns(row), {"role": "assistant", "content": shown}])
+    for text in (shown, shown.strip()):
+        if whole.endswith(text + tail):
+            prompt = whole[: -len(text + tail)].removesuffix(space)
+            return prompt, space + (text if shown is answer else answer) + end
+    raise ValueError(f"template: the chat template drops or rewrites parts of {answer[:60]!r}")
+
+
+def _answer_frame(tokenizer: Any) -> tuple[str, str, str]:
+    """Space that belongs to an answer, all that follows one, and that up to the EOS."""
     question = [{"role": "user", "content": "?"}]
-    prompt = _apply(tokenizer, question, True)
-    whole = _apply(tokenizer, [*question, {"role": "assistant", "content": _MARK}], False)
+    prompt = _apply(tokenizer, question, add_generation_prompt=True)
+    whole = _apply(tokenizer, [*question, {"role": "assistant", "content": _MARK}])
     head, found, tail = whole.rpartition(_MARK)
     if not found:
-        raise ValueError("template: the tokenizer's chat template leaves the assistant's text out; "
-                         "use template='alpaca' or 'plain'")  # fmt: skip
-    before = head[len(prompt) :] if head.startswith(prompt) else ""
+        raise ValueError("template: the tokenizer's chat template leaves the assistant's text out")
+    space = head.removeprefix(prompt)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = [tail.find(token) + len(token) for token in special if token and token in tail]
-    return before, tail[: min(ends)] if ends else _end(tokenizer)
+    return (
+        space if space.isspace() else "",
+        tail,
+        tail[: min(ends)] if ends else tokenizer.eos_token,
+    )
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], generation: bool) -> str:
+def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
-            f"template: the tokenizer's chat template refuses messages of {roles}: {error}; "
-            "change the row, or use another template"
+            f"template: the chat template refuses turns of {roles}: {error}"
         ) from error
-
-
-def _begin(tokenizer: Any) -> str:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
-
-
-def _end(tokenizer: Any) -> str:
-    if not tokenizer.eos_token:
-        raise ValueError("tokenizer: expected an end token (eos_token), got none; set one, or the "
-                         "model never learns to stop")  # fmt: skip
-    return tokenizer.eos_token
-
-
-def eos_ids(tokenizer: Any, template: str = "auto") -> set[int]:
-    """The token ids that end a response under this template."""
-    if template in ("auto", "chat") and tokenizer.chat_template:
-        end = tokenizer(_answer_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
-        return {tokenizer.eos_token_id, *end[-1:]}
-    return {tokenizer.eos_token_id}

@@ -15,18 +15,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import resource
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
@@ -34,26 +31,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers import TrainingArguments as Arguments
 from transformers.training_args import OptimizerNames
 
-from labkit import checkpoints
-from labkit.batching import Batch, Shuffled, flat, pack
+from labkit import checkpoints, logprobs, models
+from labkit.batching import Batch, Example, Shuffled, flat, pack
 from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
-from labkit.logprobs import (
-    evaluating,
-    forward,
-    has_soft_prompt,
-    keeps_apart,
-    router_coefficient,
-    router_loss,
-    token_logps,
-)
-from labkit.models import (
-    autocast_dtype,
-    base_model,
-    context_length,
-    unchanged,
-    use_float32_attention,
-)
 from labkit.progress import Line
+from labkit.state import unchanged
 
 logger = logging.getLogger("labkit")
 
@@ -122,12 +104,14 @@ def sft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]
 
     A mixture of experts adds its router's auxiliary loss, weighted as its configuration says.
     """
-    coefficient = router_coefficient(model)
-    output = forward(model, batch, **({"output_router_logits": True} if coefficient else {}))[1]
-    loss = -token_logps(output, batch)[1].mean()
+    coefficient = logprobs.router_coefficient(model)
+    output = logprobs.forward(
+        model, batch, **({"output_router_logits": True} if coefficient else {})
+    )[1]
+    loss = -logprobs.token_logps(output, batch)[1].mean()
     if not coefficient:
         return loss, {}
-    balance = router_loss(model, output, batch)
+    balance = logprobs.router_loss(model, output, batch)
     return loss + coefficient * balance, {"nll": loss.detach(), "router_loss": balance.detach()}
 
 
@@ -161,37 +145,25 @@ def fit(
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
         history = _History(log, stack.enter_context(Line(progress)))
-        trainer = _Trainer(
-            model,
-            _arguments(model, config, str(folder)),
-            partial(collate, packing=packing),
-            list(examples),
-            callbacks=[history],
-        )
+        collate = partial(collate, packing=packing)
+        arguments = _arguments(model, config, str(folder))
+        trainer = _Trainer(model, arguments, collate, list(examples), callbacks=[history])
         trainer.prepare(loss, extra_loss, history, made)
-        stack.enter_context(_compiled(model, config.compile))
-        seconds, peak = _timed(lambda: trainer.train(resume_from_checkpoint=checkpoint))
-        evaluated = None
+        if config.compile:
+            models.base_model(model).base_model.compile(dynamic=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds, peak, evaluated = time.perf_counter() - start, _peak_memory(), None
         if eval_examples is not None:
-            evaluated = mean_loss(
-                trainer.model_wrapped,
-                eval_examples,
-                loss,
-                trainer.data_collator,
-                config.batch_size,
-            )
+            held = trainer.model_wrapped, eval_examples, loss, collate, config.batch_size
+            evaluated = mean_loss(*held)
             if log is not None:
                 log({"eval_loss": evaluated}, trainer.state.global_step)
-    return TrainResult(
-        history.entries,
-        history.entries[-1]["loss"],
-        trainer.state.global_step,
-        seconds,
-        history.tokens,
-        history.tokens / seconds,
-        peak,
-        evaluated,
-    )
+    last, tokens = history.entries[-1], history.tokens
+    rates = seconds, tokens, tokens / seconds
+    return TrainResult(history.entries, last["loss"], last["step"], *rates, peak, evaluated)
 
 
 @torch.no_grad()
@@ -205,7 +177,7 @@ def mean_loss(
     """The mean of `loss` over examples, in eval mode; those of similar length share a batch."""
     device, total, weight = next(model.parameters()).device, 0.0, 0
     ordered = sorted(examples, key=lambda example: sum(len(one.ids) for one in flat([example])))
-    with evaluating(model):
+    with logprobs.evaluating(model):
         for start in range(0, len(ordered), batch_size):
             batch = collate(ordered[start : start + batch_size]).to(device)
             total += float(loss(model, batch)[0]) * batch.weight
@@ -276,9 +248,8 @@ def check_finite(loss: float, step: int, learning_rate: float) -> None:
     """Raises FloatingPointError, naming the step and the learning rate, unless finite."""
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"step {step}: expected a finite loss, got {loss} at learning_rate "
-            f"{learning_rate:.3g}; training stopped, and earlier checkpoints are kept: try a lower "
-            "learning_rate or more warm-up"
+            f"step {step}: loss {loss} at learning_rate {learning_rate:.3g}; training stopped, earlier "
+            "checkpoints are kept: try a lower learning_rate or more warm-up"
         )
 
 
@@ -330,9 +301,9 @@ def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
     on_cpu = next(model.parameters()).device.type == "cpu"
     half = config.precision == "bf16"
     if config.precision == "auto":
-        half = autocast_dtype(model) is torch.bfloat16
+        half = models.autocast_dtype(model) is torch.bfloat16
     if half and on_cpu:
-        use_float32_attention(model)
+        models.use_float32_attention(model)
     constant = config.schedule == "constant"
     return Arguments(
         output_dir=folder,
@@ -362,75 +333,50 @@ def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
     )
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds that a call takes, and the peak memory in bytes."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    if on_gpu:
-        return seconds, torch.cuda.max_memory_allocated()
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory() -> int:
+    """Bytes: of the device on a GPU, of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@contextlib.contextmanager
-def _compiled(model: nn.Module, when: bool) -> Iterator[None]:
-    """Compiles the model below its head, for the time of training."""
-    backbone = base_model(model).base_model
-    if when:
-        backbone.compile(dynamic=True)
-    try:
-        yield
-    finally:
-        backbone._compiled_call_impl = None
-
-
-def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, output_dir: Any) -> bool:
+def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folder: Any) -> bool:
     """Raises ValueError for what cannot work; returns whether examples are packed."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if output_dir is None and config.save_steps:
+    if folder is None and config.save_steps:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    if config.gradient_checkpointing and has_soft_prompt(model):
+    if config.gradient_checkpointing and logprobs.has_soft_prompt(model):
         raise ValueError("gradient_checkpointing: expected False with a prefix, got True")
-    if config.compile and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("compile: expected a C++ compiler (g++) on the path, got none")
-    _check_examples(model, examples)
-    if any(p.requires_grad and p.itemsize == 2 for p in model.parameters()):
-        logger.warning(
-            "model: its trained weights are of half precision, in which small steps are lost; "
-            "load it with dtype='float32'"
-        )
-    if config.packing is True and not keeps_apart(model):
-        raise ValueError(
-            "packing: expected a model in which packed examples do not see each other; this one "
-            "mixes them, so leave packing off"
-        )
-    return on_cpu and keeps_apart(model) if config.packing == "auto" else config.packing
-
-
-def _check_examples(model: nn.Module, examples: Sequence[Any]) -> None:
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
-    context, entries = context_length(model), base_model(model).get_input_embeddings()
+    context = models.context_length(model)
+    vocabulary = models.base_model(model).get_input_embeddings().num_embeddings
     for number, item in enumerate(examples, start=1):
-        for ids, mask in flat([item]):
-            if len(ids) != len(mask) or not mask[1:].any():
-                raise ValueError(
-                    f"example {number}: expected as many mask entries as ids, and a response token"
-                    f" to learn, got {len(ids)} ids and {int(np.sum(mask[1:]))} response tokens"
-                )
-            if context and len(ids) > context:
-                raise ValueError(
-                    f"example {number}: expected at most {context} tokens, the model's context, "
-                    f"got {len(ids)}; encode with max_length={context} or less"
-                )
-            if ids.max() >= entries.num_embeddings:
-                raise ValueError(
-                    f"example {number}: expected token ids below {entries.num_embeddings}, the "
-                    f"model's embedding, got {ids.max()}; encode with the model's own tokenizer"
-                )
+        for example in flat([item]):
+            if problem := _problem(example, context, vocabulary):
+                raise ValueError(f"example {number}: {problem}")
+    if any(p.requires_grad and p.itemsize == 2 for p in model.parameters()):
+        logger.warning(
+            "model: its trained weights are of half precision, in which small steps are "
+            "lost; load it with dtype='float32'"
+        )
+    apart = (on_cpu or config.packing is True) and logprobs.keeps_apart(model)
+    if config.packing is True and not apart:
+        raise ValueError("packing: this model lets packed examples see each other; leave it off")
+    return apart if config.packing == "auto" else bool(config.packing)
+
+
+def _problem(example: Example, context: int | None, vocabulary: int) -> str:
+    ids, mask = example
+    if len(ids) != len(mask):
+        return f"expected as many mask entries as its {len(ids)} ids, got {len(mask)}"
+    if not mask[1:].any():
+        return "expected a response token to learn, got none"
+    if context and len(ids) > context:
+        return f"expected at most {context} tokens, the model's context, got {len(ids)}"
+    if ids.max() >= vocabulary:
+        return f"expected ids below {vocabulary}, the model's vocabulary, got {ids.max()}"
+    return ""
 
 
 def _resumed(

@@ -140,7 +140,7 @@ def arch(request):
 
 @pytest.fixture(scope="session")
 def hub_server():
-    """The class `HubServer(folder, fault=None)` of hub_server.py: a hub on loopback."""
+    """The class `HubServer(root)` of hub_server.py: a hub on loopback."""
     spec = importlib.util.spec_from_file_location("hub_server", HERE / "hub_server.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

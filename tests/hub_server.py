@@ -1,4 +1,4 @@
-"""A small server on loopback that speaks the hub's file protocol, with faults on demand."""
+"""A small server on loopback that speaks the hub's file protocol."""
 
 import hashlib
 import json
@@ -10,19 +10,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves `folder` as the model `town/tiny` at `url`; a context manager.
+    """Serves each folder in `root` as the model `town/<its name>` at `url`; a context manager."""
 
-    `fault` is None, "503" (every answer), "503-weights" (weights only), "cut" (weights are
-    always cut in the middle, no ranges) or "cut-once" (cut once, ranges understood).
-    `requests` lists (method, path).
-    """
-
-    commit = COMMIT
-
-    def __init__(self, folder, fault=None, repo="town/tiny"):
-        self.folder, self.fault, self.repo = Path(folder), fault, repo
-        self.requests: list[tuple[str, str]] = []
-        self.cuts = 0
+    def __init__(self, root):
+        self.root, self.paths = Path(root), []
 
     def __enter__(self):
         hub = self
@@ -30,11 +21,16 @@ class HubServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_HEAD(self):
-                hub.answer(self, body=False)
-
             def do_GET(self):
-                hub.answer(self, body=True)
+                hub.paths.append(self.path)
+                status, headers, data = hub.answer(self.path.split("?")[0])
+                self.send_response(status)
+                for key, value in (headers | {"Content-Length": str(len(data))}).items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(data if self.command == "GET" else b"")
+
+            do_HEAD = do_GET
 
             def log_message(self, *args):
                 pass
@@ -49,58 +45,20 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def answer(self, request, body):
-        path = request.path.split("?")[0]
-        self.requests.append((request.command, path))
-        name = path.rsplit("/", 1)[-1]
-        is_weights = name.endswith(".safetensors")
-        if self.fault == "503" or (self.fault == "503-weights" and is_weights):
-            return self.reply(request, 503, b"", body)
-        if path.startswith(f"/api/models/{self.repo}"):
-            return self.reply(request, 200, json.dumps(self.listing(path)).encode(), body)
-        if not path.startswith(f"/{self.repo}/resolve/"):
-            return self.reply(request, 404, b"", body, {"X-Error-Code": "RepoNotFound"})
-        revision = path.split("/resolve/")[1].split("/")[0]
-        if revision not in ("main", COMMIT):
-            return self.reply(request, 404, b"", body, {"X-Error-Code": "RevisionNotFound"})
-        headers = {"X-Repo-Commit": COMMIT}
-        if not (self.folder / name).is_file():
-            headers["X-Error-Code"] = "EntryNotFound"
-            return self.reply(request, 404, b"", body, headers)
-        data = (self.folder / name).read_bytes()
-        headers["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'
-        cut = body and is_weights and (self.fault == "cut" or self.fault == "cut-once")
-        return self.send_file(request, data, body, headers, cut)
-
-    def send_file(self, request, data, body, headers, cut):
-        if cut and (self.fault == "cut" or self.cuts == 0):
-            self.cuts += 1
-            return self.reply(request, 200, data, body, headers, send=len(data) // 2)
-        asked = request.headers.get("Range")
-        if asked and self.fault == "cut-once":
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.reply(request, 206, data[start:], body, headers)
-        return self.reply(request, 200, data, body, headers)
-
-    def listing(self, path):
-        files = sorted(p for p in self.folder.iterdir() if p.is_file())
-        if "/tree/" in path:
-            return [{"type": "file", "path": p.name, "size": p.stat().st_size,
-                     "oid": hashlib.sha1(p.name.encode()).hexdigest()} for p in files]  # fmt: skip
-        siblings = [{"rfilename": p.name} for p in files]
-        return {"id": self.repo, "modelId": self.repo, "sha": COMMIT, "siblings": siblings,
-                "private": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
-
-    def reply(self, request, status, data, body, headers=None, send=None):
-        request.send_response(status)
-        for key, value in (headers or {}).items():
-            request.send_header(key, value)
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        if body:
-            request.wfile.write(data if send is None else data[:send])
-            request.wfile.flush()
-        if send is not None:
-            request.close_connection = True
-            request.connection.shutdown(2)
+    def answer(self, path):
+        """Status, headers and body for /town/NAME/resolve/REV/FILE or /api/models/town/NAME/…"""
+        parts = path.removeprefix("/api/models").split("/")[2:]
+        if not (self.root / parts[0]).is_dir():
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if len(parts) > 2 and parts[2] not in ("main", COMMIT):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if path.startswith("/api"):
+            names = sorted(file.name for file in (self.root / parts[0]).iterdir())
+            listed = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+            about = {"id": f"town/{parts[0]}", "sha": COMMIT, "siblings": []}
+            return 200, {}, json.dumps(listed if "tree" in parts else about).encode()
+        file, headers = self.root / parts[0] / "/".join(parts[3:]), {"X-Repo-Commit": COMMIT}
+        if not file.is_file():
+            return 404, headers | {"X-Error-Code": "EntryNotFound"}, b""
+        data = file.read_bytes()
+        return 200, headers | {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data

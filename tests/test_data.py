@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit import data, templates
+from labkit import data, formats, show, templates
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 SEEDS = SHARED / "self_instruct_seed_tasks.jsonl"
 TRANSCRIPTS = SHARED / "hh_harmless_base_test.jsonl.gz"
 ALPACA_ROW = {"instruction": "Give an antonym.", "input": "hot", "output": "cold"}
+SPLITS = ("train", "validation", "test")
 PAIR = {"prompt": "What is three plus four?", "completion": "Seven."}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -38,69 +40,68 @@ def write(path, rows):
     return str(path)
 
 
-# ---------------------------------------------------------------- real files, as they are
+def says(text, role="assistant"):
+    return [{"role": role, "content": text}]
+
+
+def ask(text):
+    return says(text, "user")
+
+
+def converted(*rows):
+    return formats.convert(rows, "mine")
 
 
 @needs(SEEDS)
-def test_seed_tasks_load_as_they_are():
-    parts = {s: data.load(str(SEEDS), split=s) for s in ("train", "validation", "test")}
-    rows = [row for part in parts.values() for row in part]
-    assert len(rows) == 175
-    assert len({row["id"] for row in rows}) == 175  # the parts do not overlap
+def test_seed_tasks_load_and_encode_as_they_are(tiny_tokenizer):
+    rows = [row for split in SPLITS for row in data.load(str(SEEDS), split=split)]
+    assert len(rows) == len({row["id"] for row in rows}) == 175  # the parts do not overlap
     raw = {task["id"]: task for task in map(json.loads, SEEDS.read_text("utf-8").splitlines())}
     for row in rows:
         instance = raw[row["id"]]["instances"][0]
         assert row["completion"] == instance["output"]
         assert row["prompt"].startswith(raw[row["id"]]["instruction"])
         assert instance["input"] in row["prompt"]
+    encoded = data.encode(rows[:20], tiny_tokenizer, max_length=128)
+    assert len(encoded) == 20 and max(len(example.ids) for example in encoded) == 128
+    assert encoded.truncated > 0 and f"{encoded.truncated} cut to 128" in encoded.summary()
 
 
 @needs(TRANSCRIPTS)
 def test_transcripts_load_as_they_are():
-    rows = [
-        r for s in ("train", "validation", "test") for r in data.load(str(TRANSCRIPTS), split=s)
-    ]
+    rows = [row for split in SPLITS for row in data.load(str(TRANSCRIPTS), split=split)]
     assert len(rows) == 2312
     for row in rows:
-        assert row["prompt"][0]["role"] == "user" and row["prompt"][-1]["role"] == "user"
-        assert [m["role"] for m in row["chosen"]] == ["assistant"]
-        assert [m["role"] for m in row["rejected"]] == ["assistant"]
+        assert row["prompt"][0]["role"] == row["prompt"][-1]["role"] == "user"
+        assert [m["role"] for m in row["chosen"] + row["rejected"]] == ["assistant"] * 2
         assert row["chosen"] != row["rejected"]
     with gzip.open(TRANSCRIPTS, "rt", encoding="utf-8") as file:
         first = json.loads(next(file))
-    found = [row for row in rows if row["chosen"][0]["content"].startswith("No, sorry!  All of")]
-    assert len(found) == 1 and first["chosen"].endswith(found[0]["chosen"][0]["content"])
-    assert len(found[0]["prompt"]) == 5
-
-
-@needs(SEEDS)
-def test_seed_tasks_encode(tiny_tokenizer):
-    encoded = data.encode(data.load(str(SEEDS), limit=20), tiny_tokenizer, max_length=128)
-    assert len(encoded) == 20
-    assert max(map(len, encoded.dataset["input_ids"])) == 128
-    assert encoded.truncated > 0 and f"{encoded.truncated} cut to 128" in encoded.summary()
-
-
-# ---------------------------------------------------------------- files
+    (found,) = [r for r in rows if r["chosen"][0]["content"].startswith("No, sorry!  All of")]
+    assert first["chosen"].endswith(found["chosen"][0]["content"]) and len(found["prompt"]) == 5
 
 
 def test_the_same_rows_from_every_file_type(tmp_path):
     rows = [{"prompt": f'say "{i}",\nplease, 米拉', "completion": f"{i}\u2028."} for i in range(40)]
     write(tmp_path / "a.jsonl", rows)
-    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
-    (tmp_path / "wrapped.json").write_text(json.dumps({"data": rows}), "utf-8")
+    write(tmp_path / "a.ndjson", rows)
     write(tmp_path / "lines.json", rows)
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write((tmp_path / "a.jsonl").read_text("utf-8"))
-    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, ["prompt", "completion"])
-        writer.writeheader()
-        writer.writerows(rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    for key in ("data", "train"):
+        (tmp_path / f"{key}.json").write_text(json.dumps({key: rows}), "utf-8")
+    for suffix, opened in (("gz", gzip.open), ("xz", lzma.open)):
+        with opened(tmp_path / f"a.jsonl.{suffix}", "wt", encoding="utf-8") as file:
+            file.write((tmp_path / "a.jsonl").read_text("utf-8"))
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        with open(tmp_path / f"a.{suffix}", "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
     import datasets
 
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
     loaded = {path.name: data.load(str(path)) for path in tmp_path.iterdir()}
-    assert len(loaded) == 7
+    assert len(loaded) == 11
     for name, got in loaded.items():
         assert len(got) == 36, name
         assert got == loaded["a.jsonl"], name
@@ -110,9 +111,7 @@ def test_the_same_rows_from_every_file_type(tmp_path):
 @pytest.mark.parametrize("count, held", [(3, 1), (10, 1), (200, 10)])
 def test_parts_of_a_file_are_disjoint_and_complete(tmp_path, count, held):
     path = write(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(count)])
-    parts = [
-        data.load(path, split=s, seed=s_) for s_, s in enumerate(("train", "validation", "test"))
-    ]
+    parts = [data.load(path, split=split, seed=seed) for seed, split in enumerate(SPLITS)]
     assert [len(part) for part in parts] == [count - 2 * held, held, held]
     assert {row["text"] for part in parts for row in part} == {f"row {i}" for i in range(count)}
 
@@ -121,10 +120,20 @@ def test_instances_of_one_task_stay_in_one_part(tmp_path):
     instances = [{"input": str(i), "output": "x"} for i in range(4)]
     rows = [{"id": i, "instruction": "do", "instances": instances} for i in range(30)]
     path = write(tmp_path / "a.jsonl", rows)
-    parts = [data.load(path, split=s) for s in ("train", "validation", "test")]
-    ids = [{row["id"] for row in part} for part in parts]
+    parts = [[row["id"] for row in data.load(path, split=split)] for split in SPLITS]
     assert [len(part) for part in parts] == [26 * 4, 2 * 4, 2 * 4]
-    assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
+    assert sum(len(set(part)) for part in parts) == 30
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=80))
+def test_equal_rows_are_in_one_part(tmp_path_factory, numbers):
+    """A row that occurs twice is never in two parts; nothing is lost or added."""
+    path = write(tmp_path_factory.mktemp("equal") / "a.jsonl", [{"text": f"{i}"} for i in numbers])
+    splits = SPLITS if len(set(numbers)) > 2 else SPLITS[:1]
+    parts = [[row["text"] for row in data.load(path, split=split)] for split in splits]
+    assert sorted(sum(parts, [])) == sorted(map(str, numbers))
+    assert sum(len(set(part)) for part in parts) == len(set(numbers))
 
 
 def test_limit_samples_by_seed(tmp_path):
@@ -135,75 +144,71 @@ def test_limit_samples_by_seed(tmp_path):
     assert data.load(path, limit=1000) == data.load(path)
 
 
-# ---------------------------------------------------------------- bad input
+def test_errors_name_the_row_of_the_file(tmp_path, make_tokenizer):
+    """Cutting, shuffling and sampling do not change what a row is called."""
+    rows = [{"messages": ask("q") + says("a") + ask(f"{i}") + says("b")} for i in range(60)]
+    rows[41] = {"messages": says("s", "system") + ask("q") + says("a")}
+    path = write(tmp_path / "a.jsonl", rows)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LLAMA2
+    for options in ({}, {"limit": 53, "seed": 1}):
+        loaded = data.load(path, **options)
+        assert rows[41] in loaded
+        with pytest.raises(ValueError, match=r"a\.jsonl, row 42\b"):
+            data.encode(loaded, tokenizer)
 
 
 BAD_FILES = {
-    "empty file": ("a.jsonl", b"", r"a\.jsonl is empty"),
-    "only blank lines": ("a.jsonl", b"\n \n", r"a\.jsonl is empty"),
-    "malformed line": (
-        "a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', r"a\.jsonl, line 3: malformed",
-    ),
-    "no object": ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl, line 2: expected an object"),
-    "malformed json": ("a.json", b'[{"text": "a"},\n{"text": }]', r"a\.json, line 2: malformed"),
-    "empty list": ("a.json", b"[]", r"a\.json holds no rows"),
-    "json of a number": ("a.json", b"3", r"expected a list of objects, got int"),
-    "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8"),
-    "not gzip": ("a.jsonl.gz", b'{"text": "a"}', r"not a whole gzip file"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 9)[:-9], r"not a whole gzip file"),
-    "short csv row": ("a.csv", b"prompt,completion\na,b\nc\n", r"a\.csv, line 3: expected 2 .*fewer"),
-    "long csv row": ("a.csv", b"prompt,completion\na,b,c\n", r"a\.csv, line 2: expected 2 .*more"),
-    "csv header only": ("a.csv", b"prompt,completion\n", r"a\.csv holds no rows"),
-    "unknown suffix": ("a.txt", b"hello", r"ending in \.json, \.jsonl, \.csv, \.parquet.*a\.txt"),
-    "no parquet": ("a.parquet", b"hello", r"a\.parquet is not a Parquet file"),
-    "empty parquet": ("a.parquet", b"", r"a\.parquet is empty"),
-    "row without column": (
-        "a.jsonl",
-        b'{"instruction": "a", "output": "b"}\n{"instruction": "a", "input": "b"}\n',
-        r"a\.jsonl, row 2: expected the columns instruction, output .*no 'output' among instruction",
-    ),
-    "unknown columns": ("a.jsonl", b'{"foo": 1, "bar": 2}\n', r"row 1: no known format.* foo, bar"),
-    "empty answer": (
-        "a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": " "}\n',
-        r"row 2: 'completion' is empty",
-    ),
-    "wrong type": ("a.jsonl", b'{"prompt": "a", "completion": 7}\n', r"expected text, got int 7"),
-    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', r"row 1: 'text': holds half"),
-    "too few to split": ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"has 2 rows, too few"),
-}  # fmt: skip
+    "empty file": ("a.jsonl", b"", ""),
+    "only blank lines": ("a.jsonl", b"\n \n", ""),
+    "malformed line": ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', ".*line 3"),
+    "no object": ("a.jsonl", b'{"text": "a"}\n[1]\n', ".*line 2"),
+    "malformed json": ("a.json", b'[{"text": "a"},\n{"text": }]', ".*line 2"),
+    "empty list": ("a.json", b"[]", ""),
+    "json of a number": ("a.json", b"3", ""),
+    "several splits": ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', ".*test"),
+    "deep json": ("a.json", b"[" * 200_000, ""),
+    "long number": ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 6000 + b"}", ".*line 1"),
+    "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ""),
+    "not gzip": ("a.jsonl.gz", b'{"text": "a"}', ""),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 9)[:-9], ""),
+    "short csv row": ("a.csv", b"prompt,completion\na,b\nc\n", ".*line 3"),
+    "long csv row": ("a.csv", b"prompt,completion\na,b,c\n", ".*line 2"),
+    "one name twice": ("a.csv", b"prompt,prompt,completion\na,b,c\n", ".*prompt"),
+    "csv header only": ("a.csv", b"prompt,completion\n", ""),
+    "unknown suffix": ("a.txt", b"hello", ""),
+    "no parquet": ("a.parquet", b"hello", ""),
+    "empty parquet": ("a.parquet", b"", ""),
+    "missing column": ("a.jsonl", b'{"text": "b"}\n{"prompt": "a"}\n', ", row 2.*text"),
+    "unknown columns": ("a.jsonl", b'{"foo": 1, "bar": 2}\n', ", row 1.*foo"),
+    "empty answer": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', ", row 1.*completion"),
+    "wrong type": ("a.jsonl", b'{"prompt": "a", "completion": 7}\n', ", row 1.*completion"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', ", row 1.*text"),
+}
 
 
-@pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_file_gives_one_clear_message(tmp_path, name, content, message):
+@pytest.mark.parametrize("name, content, place", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_is_named(tmp_path, name, content, place):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path / name), split="test")
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data: .*mine\.jsonl does not exist"):
-        data.load(str(tmp_path / "mine.jsonl"))
-    with pytest.raises(FileNotFoundError, match=r"mine\.jsonl does not exist"):
-        data.load("mine.jsonl")
-    with pytest.raises(ValueError, match="expected a file, got the folder"):
-        data.load(str(tmp_path))
+    with pytest.raises(ValueError, match=f"data: .*{name}{place}"):
+        data.load(str(tmp_path / name))
 
 
 def test_bad_names_splits_and_limits(tmp_path):
-    with pytest.raises(ValueError, match="did you mean 'tinytown'"):
-        data.load("tinytwon")
-    with pytest.raises(ValueError, match="data: expected a name"):
-        data.load("")
-    path = write(tmp_path / "a.jsonl", [{"text": "a"}] * 3)
-    with pytest.raises(ValueError, match="split: expected train, validation or test, got 'dev'"):
-        data.load(path, split="dev")
+    for missing in (tmp_path / "mine.jsonl", "mine.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"mine\.jsonl"):
+            data.load(str(missing))
+    for name, message in ((tmp_path, str(tmp_path)), ("tinytwon", "'tinytown'"), ("", "data")):
+        with pytest.raises(ValueError, match=message):
+            data.load(str(name))
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    for split in ("dev", "test"):  # of two rows, none can be held out
+        with pytest.raises(ValueError, match="split"):
+            data.load(path, split=split)
     for limit in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="limit: expected a whole number from 1"):
+        with pytest.raises(ValueError, match="limit"):
             data.load(path, limit=limit)
-
-
-def test_hub_without_network_says_so():
-    with pytest.raises(ConnectionError, match="data: 'someone/something' could not be loaded"):
+    with pytest.raises(ConnectionError, match="someone/something"):
         data.load("someone/something")
 
 
@@ -212,10 +217,12 @@ def fake_hub(monkeypatch, sets):
 
     made = {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     calls = []
-    monkeypatch.setattr(
-        datasets, "load_dataset",
-        lambda *args, **kwargs: calls.append((args, kwargs)) or datasets.DatasetDict(made),
-    )  # fmt: skip
+
+    def load_dataset(*args, **kwargs):
+        calls.append(args)
+        return datasets.DatasetDict(made)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return calls
 
 
@@ -223,11 +230,11 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(40)]
     calls = fake_hub(monkeypatch, {"train": rows, "test": [{"question": "qt", "answer": "at"}]})
     assert data.load("some/set:part", split="test") == [{"prompt": "qt", "completion": "at"}]
-    assert calls[0][0] == ("some/set", "part")
+    assert calls[0] == ("some/set", "part")
     train, held = (data.load("some/set", split=s) for s in ("train", "validation"))
     assert len(train) == 38 and len(held) == 2
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
-    with pytest.raises(ValueError, match="split: 'some/set' has train, test, got 'dev'"):
+    with pytest.raises(ValueError, match="split.*dev"):
         data.load("some/set", split="dev")
 
 
@@ -236,98 +243,131 @@ def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
     fake_hub(monkeypatch, {"train": rows})
     with caplog.at_level("WARNING", logger="labkit"):
         loaded = data.load("alpaca")
-    assert 0 < len(loaded) < 31 and "rows left out" in caplog.text and "is empty" in caplog.text
+    assert 0 < len(loaded) < 31 and "alpaca" in caplog.text
     assert set(data.REGISTERED) == {"alpaca", "flan", "p3", "belle", "coig", "sharegpt", "hh-rlhf"}
 
 
-# ---------------------------------------------------------------- formats
-
-
 def test_alpaca_keeps_instruction_and_input():
-    assert data.recognize(ALPACA_ROW) == "alpaca"
-    row, bare = data.convert([ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"}], "x")
+    row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
     assert row["prompt"] == "Give an antonym.\n\nhot" and row["completion"] == "cold"
     assert (row["instruction"], row["input"]) == ("Give an antonym.", "hot")
     assert bare["prompt"] == "Say hi." and "output" not in row
+    dolly = {"instruction": "Give an antonym.", "context": "hot", "response": "cold"}
+    assert converted(dolly) == [{**row, "context": "hot"}]
 
 
-@pytest.mark.parametrize(
-    "names", [("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
-              ("inputs", "targets"), ("inputs_pretokenized", "targets_pretokenized")],
-)  # fmt: skip
+PAIR_NAMES = """prompt completion, prompt response, question answer, query response, inputs targets,
+inputs_pretokenized targets_pretokenized, question response, question std_answer"""
+
+
+@pytest.mark.parametrize("names", PAIR_NAMES.split(","))
 def test_pairs_under_any_name(names):
-    raw = {names[0]: "q", names[1]: "a", "id": 7}
-    assert data.convert([raw], "x") == [{"prompt": "q", "completion": "a", "id": 7}]
+    question, answer = names.split()
+    pair = {"prompt": "q", "completion": "a"}
+    assert converted({question: "q", answer: "a", "id": 7}) == [{**pair, "id": 7}]
+    pair = {"prompt": ask("q"), "completion": says("a")}
+    assert converted({question: ask("q"), answer: "a"}) == [pair]
+    assert converted({question: "q", answer: says("a")}) == [pair]
 
 
-def test_sharegpt_and_messages_agree():
+def test_conversations_of_any_names_agree():
     turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Good bye")]
-    sharegpt = {"conversations": [{"from": f, "value": v} for f, v in turns]}
     roles = {"human": "user", "gpt": "assistant"}
-    messages = {"messages": [{"role": roles[f], "content": v} for f, v in turns]}
-    assert data.recognize(sharegpt) == "sharegpt" and data.recognize(messages) == "messages"
-    assert data.convert([sharegpt], "x") == data.convert([messages], "x") == [messages]
+    expected = [{"role": roles[f], "content": v} for f, v in turns]
+    parts = [{"role": f.upper(), "content": [{"type": "text", "text": v}]} for f, v in turns]
+    filled = [{"role": None, "from": f, "content": None, "value": v} for f, v in turns]
+    arrow = {"role": [roles[f] for f, _ in turns], "content": [v for _, v in turns]}
+    for messages in (expected, parts, filled, arrow):
+        (row,) = converted({"messages": messages, "text": None, "tools": []})
+        assert row["messages"] == expected
+        assert converted({"conversations": messages}) == [{"messages": expected}]
 
 
 def test_coig_questions_become_turns():
     turns = [{"question": "一加一？", "answer": "二"}, {"question": "再加一？", "answer": "三"}]
-    (row,) = data.convert([{"instruction": "算术", "conversations": turns}], "x")
+    (row,) = converted({"instruction": "算术", "conversations": turns})
     assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * 2
     assert row["messages"][0]["content"] == "算术\n\n一加一？"
 
 
 def test_transcripts_share_the_prompt():
-    begin = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A\n\nHuman: B"
-    raw = {"chosen": begin + "\n\nAssistant: good", "rejected": begin + "\n\nAssistant:"}
-    assert data.recognize(raw) == "transcripts"
-    (row,) = data.convert([raw], "x")
+    begin = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A\n\nHuman: B\n\nAssistant:"
+    (row,) = converted({"chosen": begin + " good", "rejected": begin})
     assert [m["content"] for m in row["prompt"]] == ["Hi", "Hello", "A\n\nB"]
-    assert row["chosen"] == [{"role": "assistant", "content": "good"}]
-    assert row["rejected"] == [{"role": "assistant", "content": ""}]
+    assert (row["chosen"], row["rejected"]) == (says("good"), says(""))
 
 
-def test_implicit_prompts_of_message_pairs_are_found():
-    user = {"role": "user", "content": "q"}
-    pair = {name: [user, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
-    for raw in (pair, {"prompt": "q", **pair}):
-        (row,) = data.convert([raw], "x")
-        assert row["prompt"] == [user] and row["chosen"][0]["content"] == "chosen"
+def test_preferences_of_every_mixture():
+    """Texts stay texts; whatever holds messages becomes the same three lists of messages."""
+    user, texts = ask("q"), {"chosen": "a", "rejected": "b"}
+    for question in ("prompt", "question", "instruction"):
+        (row,) = converted({question: "q", **texts, "messages": user})
+        assert {name: row[name] for name in ("prompt", *texts)} == {"prompt": "q", **texts}
+    replies = {name: says(text) for name, text in texts.items()}
+    whole = {name: user + reply for name, reply in replies.items()}
+    single = {name: {"from": "gpt", "value": text} for name, text in texts.items()}
+    for raw in (
+        {"prompt": "q", **replies},
+        {"prompt": user, **texts},
+        {"prompt": user, **replies},
+        {"prompt": "q", **whole},
+        {"prompt": user, **whole},
+        {"prompt": None, **whole},
+        {"conversations": [{"from": "human", "value": "q"}], **single},
+    ):
+        assert converted(raw) == [{"prompt": user, **replies}], raw
+    (row,) = converted({**ALPACA_ROW, **texts})
+    assert row["prompt"] == "Give an antonym.\n\nhot" and row["chosen"] == "a"
+    assert templates.response(row) == "cold"
 
 
-def test_ranking():
-    row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "ranks": [3, 1, 2, 4]}
-    assert data.recognize(row) == "ranking" and data.convert([row], "x") == [row]
+def test_ranks_from_0_or_1():
+    for ranks in ([3, 1, 2, 4], [2, 0, 1, 3]):
+        row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "ranks": ranks}
+        assert converted(row) == [row]
+
+
+def test_a_system_column_becomes_a_message(tiny_tokenizer):
+    conversation = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    expected = ("<|system|>s<|end|><|user|>q<|end|><|assistant|>", "a<|end|>")
+    pairs = {"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}
+    for raw in (*pairs, {"conversations": conversation}):
+        (row,) = converted({**raw, "system": "s"})
+        assert data.render(row, tiny_tokenizer) == expected
+        with pytest.raises(ValueError, match="alpaca"):
+            data.render(row, tiny_tokenizer, "alpaca")
 
 
 BAD_ROWS = {
-    "ranks": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "2 responses and 1 ranks"),
-    "tie": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}, "expected no ties"),
-    "rank 0": ({"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1]}, "whole numbers from 1"),
-    "role": ({"messages": [{"role": "alien", "content": "x"}]}, "expected a role among"),
-    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "answer of the assistant"),
-    "no turns": ({"conversations": []}, "at least one message"),
-    "no instances": ({"instruction": "x", "instances": []}, "'instances': expected a list"),
-    "instance": ({"instruction": "x", "instances": [{"input": ""}]}, "expected {input, output}"),
-    "no transcript": ({"chosen": "hello", "rejected": "bye"}, "expected a transcript"),
-    "equal replies": (
-        dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b"), "to differ in a reply",
-    ),
-    "content": ({"messages": [{"role": "user", "content": ["x"]}]}, "expected text, got list"),
-}  # fmt: skip
+    "few ranks": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "ranks"),
+    "tie": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}, "ranks"),
+    "role": ({"messages": [{"role": "alien", "content": "x"}]}, "messages.*alien"),
+    "role of a list": ({"messages": [{"role": ["user"], "content": "x"}]}, "messages.*user"),
+    "no answer": ({"messages": says("x", "user")}, "messages"),
+    "no turns": ({"conversations": []}, "conversations"),
+    "no instances": ({"instruction": "x", "instances": []}, "instances"),
+    "instance": ({"instruction": "x", "instances": [{"input": ""}]}, "output"),
+    "coig": ({"instruction": "", "conversations": [{"question": "x"}]}, "answer"),
+    "no transcript": ({"chosen": "hello", "rejected": "bye"}, "chosen"),
+    "equal": (dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b"), "rejected"),
+    "image": ({"messages": says([{"type": "image"}], "user")}, "text"),
+    "bad answer": ({"prompt": "a", "completion": "b", "label": False}, "label"),
+    "tools": ({"messages": says("a"), "tools": [{"name": "f"}]}, "tools"),
+    "call": ({"messages": [{**says("a")[0], "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+    "thoughts": ({"messages": [{**says("a")[0], "reasoning_content": "h"}]}, "reasoning_content"),
+    "history": ({**ALPACA_ROW, "history": [["a", "b"]]}, "history"),
+}
 
 
-@pytest.mark.parametrize("row, message", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_row_is_named(row, message):
-    with pytest.raises(ValueError, match=f"data: mine, row 1: .*{message}"):
-        data.convert([row], "mine")
-
-
-# ---------------------------------------------------------------- templates
+@pytest.mark.parametrize("row, column", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row_is_named(row, column):
+    with pytest.raises(ValueError, match=f"data: mine, row 1: .*{column}"):
+        converted(row)
 
 
 def test_alpaca_templates(make_tokenizer):
     tokenizer = make_tokenizer(chat=False)
-    row, bare = data.convert([ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"}], "x")
+    row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
     prompt, completion = data.render(row, tokenizer)
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides "
@@ -343,111 +383,117 @@ def test_alpaca_templates(make_tokenizer):
     assert "{input} {0}" in data.render(braces, tokenizer, "alpaca")[0]
 
 
-@pytest.mark.parametrize(
-    "template, prompt, completion",
-    [
-        (CHATML, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>"),
-        (LLAMA2, "[INST] q [/INST]", " a <|end|>"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-         "{% if add_generation_prompt %}assistant: {% endif %}",
-         "user: q\nassistant: ", "a<|end|>"),
-        ("{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think></think>"
-         "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
-         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-         "<|user|>q<|end|><|assistant|>", "<think></think>a<|end|>"),
-    ],
-    ids=["chatml", "llama2", "no end token", "thinking"],
-)  # fmt: skip
-def test_chat_completion_ends_with_the_templates_end_token(
-    tiny_tokenizer, template, prompt, completion
-):
+ASK = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+THINK = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and '<think>' not in "
+    "m.content %}<think></think>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}" + ASK
+)
+BARE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}" + ASK
+FRAMES = {
+    "chatml": (CHATML, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>"),
+    "llama2": (LLAMA2, "[INST] q [/INST]", " a <|end|>"),
+    "no EOS": (BARE, "<|user|>q\n<|assistant|>", "a<|end|>"),
+    "thoughts": (THINK, "<|user|>q<|end|><|assistant|><think></think>", "a<|end|>"),
+}
+
+
+@pytest.mark.parametrize("template, prompt, completion", FRAMES.values(), ids=FRAMES)
+def test_prompt_and_completion_are_the_templates_own(tiny_tokenizer, template, prompt, completion):
     tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tiny_tokenizer.chat_template = template
-    row = {"prompt": "q", "completion": "a"}
-    assert data.render(row, tiny_tokenizer) == (prompt, completion)
+    assert data.render({"prompt": "q", "completion": "a"}, tiny_tokenizer) == (prompt, completion)
+    assert data.render({"prompt": "q", "completion": ""}, tiny_tokenizer)[0] == prompt
+    own = tiny_tokenizer.apply_chat_template(ask("q") + says("a"), tokenize=False)
+    assert own.rstrip() == (prompt + completion).removesuffix("<|end|>" if template == BARE else "")
+    ends = {
+        tiny_tokenizer.convert_tokens_to_ids(end)
+        for end in ("<|end|>", completion[-10:].strip(" a"))
+    }
+    assert templates.eos_ids(tiny_tokenizer) == ends
+    assert templates.eos_ids(tiny_tokenizer, "plain") == {tiny_tokenizer.eos_token_id}
+
+
+def test_an_answer_with_thoughts_has_one_block_or_is_refused(tiny_tokenizer):
+    tiny_tokenizer.chat_template = THINK
+    answer = {"prompt": "q", "completion": "<think>hm</think>a"}
+    expected = ("<|user|>q<|end|><|assistant|>", "<think>hm</think>a<|end|>")
+    assert data.render(answer, tiny_tokenizer) == expected
+    tiny_tokenizer.chat_template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    with pytest.raises(ValueError, match="template"):
+        data.render(answer, tiny_tokenizer)
 
 
 def test_conversation_trains_the_last_answer(tiny_tokenizer):
-    texts = [("system", "s"), ("user", "u"), ("assistant", "first"), ("user", "v"),
-             ("assistant", "last"), ("user", "unseen")]  # fmt: skip
-    row = {"messages": [{"role": role, "content": text} for role, text in texts]}
+    turns = says("s", "system") + ask("u") + says("first") + ask("v") + says("last")
+    row = {"messages": turns + ask("unseen")}
     prompt, completion = data.render(row, tiny_tokenizer)
     assert prompt == (
         "<|system|>s<|end|><|user|>u<|end|><|assistant|>first<|end|><|user|>v<|end|><|assistant|>"
     )
     assert completion == "last<|end|>"
     plain, _ = data.render(row, tiny_tokenizer, "plain")
+    assert templates.prompt_text(PAIR) == PAIR["prompt"]
     assert plain.endswith("User:\nv\n\nAssistant:\n") and "unseen" not in plain
-    with pytest.raises(ValueError, match="template: 'alpaca' takes one question.*4 messages"):
+    with pytest.raises(ValueError, match="alpaca"):
         data.render(row, tiny_tokenizer, "alpaca")
 
 
 def test_template_errors(make_tokenizer):
     bare, chat = make_tokenizer(chat=False), make_tokenizer()
-    with pytest.raises(ValueError, match="template: 'chat' needs a tokenizer with a chat template"):
-        data.render(PAIR, bare, "chat")
-    with pytest.raises(ValueError, match="template: expected one of auto, .*got 'vicuna'"):
-        data.render(PAIR, bare, "vicuna")
+    for template in ("chat", "vicuna"):
+        with pytest.raises(ValueError, match=f"template: .*{template}"):
+            data.render(PAIR, bare, template)
     chat.chat_template = LLAMA2
-    system = {
-        "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
-    }
-    with pytest.raises(ValueError, match="row 2: template: .*refuses.*System role not supported"):
+    system = {"messages": says("s", "system") + says("a")}
+    with pytest.raises(ValueError, match="row 2: template: .*System role not supported"):
         data.encode([PAIR, system], chat)
     chat.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    with pytest.raises(ValueError, match="leaves the assistant's text out"):
+    with pytest.raises(ValueError, match="template"):
         data.render(PAIR, chat)
-    preference = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    with pytest.raises(
-        ValueError, match=r"row 1: expected a row with prompt and completion.*chosen"
-    ):
-        data.encode([preference], make_tokenizer())
+    with pytest.raises(ValueError, match=r"row 1: .*chosen"):
+        data.encode([{"prompt": "q", "chosen": "a", "rejected": "b"}], make_tokenizer())
 
 
-def with_begin_token(make_tokenizer):
-    """Like Llama's: a begin token is put before every text, unless told not to."""
+def test_bos_stands_once_at_the_start(make_tokenizer):
+    """A tokenizer like Llama's puts a BOS before every text, unless told not to."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(chat=False)
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+        single="<|begin|> $A", special_tokens=[("<|begin|>", bos)]
     )
-    return tokenizer
+    long = {"prompt": "word " * 50, "completion": "yes"}
+    encoded = data.encode([PAIR, {"text": "a"}, long], tokenizer, max_length=48, template="plain")
+    for ids, _ in encoded:
+        assert ids[0] == bos and (ids == bos).sum() == 1
+    assert encoded.truncated == 1 and len(encoded[2].ids) == 48
 
 
-def test_begin_token_stands_once_at_the_start(make_tokenizer):
-    tokenizer = with_begin_token(make_tokenizer)
-    for row in (PAIR, {"text": "hello"}):
-        (ids,) = data.encode([row], tokenizer, template="plain").dataset["input_ids"]
-        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
-    row = {"prompt": "word " * 50, "completion": "yes"}
-    (ids,) = data.encode([row], tokenizer, max_length=12, template="plain").dataset["input_ids"]
-    assert len(ids) == 12 and ids[0] == tokenizer.bos_token_id
+def decoded(tokenizer, example):
+    """The texts without and with loss."""
+    return [tokenizer.decode(example.ids[example.mask == loss]) for loss in (0, 1)]
 
 
-# ---------------------------------------------------------------- encode
-
-
-def parts(tokenizer, row):
-    """The texts without and with loss, decoded."""
-    pairs = list(zip(row["input_ids"], row["completion_mask"], strict=True))
-    return [tokenizer.decode([i for i, m in pairs if m == keep]) for keep in (0, 1)]
-
-
-def test_loss_falls_on_response_and_end_token_only(tiny_tokenizer):
+def test_loss_falls_on_response_and_eos_only(tiny_tokenizer):
     rows = [PAIR, {"prompt": "米拉住在哪里？", "completion": "河边的磨坊里。"}]
-    encoded = data.encode(rows, tiny_tokenizer)
-    for row, example in zip(rows, encoded.dataset, strict=True):
-        prompt, completion = parts(tiny_tokenizer, example)
+    encoded = data.encode([*rows, {"text": "Mila"}], tiny_tokenizer)
+    for row, example in zip(rows, encoded, strict=False):
+        prompt, completion = decoded(tiny_tokenizer, example)
         assert prompt == f"<|user|>{row['prompt']}<|end|><|assistant|>"
         assert completion == row["completion"] + "<|end|>"
-        assert example["input_ids"][-1] == tiny_tokenizer.eos_token_id
-        first = example["completion_mask"].index(1)
-        assert all(example["completion_mask"][first:])
+        assert (
+            example.ids[-1] == tiny_tokenizer.eos_token_id
+            and (example.mask[1:] >= example.mask[:-1]).all()
+        )
+        assert example.ids.dtype == example.mask.dtype == "int64"
+    assert decoded(tiny_tokenizer, encoded[2]) == ["", "Mila<|end|>"]  # all of a text is learned
+    assert encoded.dataset["input_ids"][:] == [ids.tolist() for ids, _ in encoded]
+    assert encoded.dataset["completion_mask"][:] == [mask.tolist() for _, mask in encoded]
     assert encoded.tokens == sum(map(len, encoded.dataset["input_ids"]))
     assert encoded.response_tokens == sum(map(sum, encoded.dataset["completion_mask"]))
-    assert encoded.truncated == 0 and "2 rows" in encoded.summary()
+    assert len(encoded) == 3 and encoded.truncated == 0 and "3 rows" in encoded.summary()
 
 
 _CACHE: dict = {}
@@ -458,90 +504,72 @@ _CACHE: dict = {}
 def test_no_token_straddles_the_border(make_tokenizer, prompt, completion):
     tokenizer = _CACHE.get("bare") or _CACHE.setdefault("bare", make_tokenizer(chat=False))
     row = {"prompt": prompt, "completion": completion}
-    (example,) = data.encode([row], tokenizer, template="plain", max_length=10_000).dataset
-    ids, mask = example["input_ids"], example["completion_mask"]
-    border = mask.index(1)
-    rendered = data.render(row, tokenizer, "plain")
-    for text, part in zip(rendered, (ids[:border], ids[border:]), strict=True):
-        assert tokenizer.decode(part) == text
+    (example,) = data.encode([row], tokenizer, template="plain", max_length=10_000)
+    assert tuple(decoded(tokenizer, example)) == data.render(row, tokenizer, "plain")
 
 
-def test_long_prompt_loses_its_beginning_and_is_counted(tiny_tokenizer):
+def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end(tiny_tokenizer):
     long = {"prompt": "far " * 100 + "near", "completion": "yes"}
-    encoded = data.encode([long, PAIR], tiny_tokenizer, max_length=48)
-    assert encoded.truncated == 1 and "1 cut to 48" in encoded.summary()
-    prompt, completion = parts(tiny_tokenizer, encoded.dataset[0])
-    assert len(encoded.dataset[0]["input_ids"]) == 48
+    answer = {"prompt": "q", "completion": "abcdefghij" * 20}
+    encoded = data.encode([long, PAIR, answer], tiny_tokenizer, max_length=48)
+    assert encoded.truncated == 2 and "2 cut to 48" in encoded.summary()
+    assert len(encoded[0].ids) == len(encoded[2].ids) == 48
+    prompt, completion = decoded(tiny_tokenizer, encoded[0])
     assert prompt.endswith("near<|end|><|assistant|>") and completion == "yes<|end|>"
-
-
-def test_long_response_loses_its_end_and_is_counted(tiny_tokenizer):
-    row = {"prompt": "q", "completion": "abcdefghij" * 20}
-    encoded = data.encode([row], tiny_tokenizer, max_length=16)
-    prompt, completion = parts(tiny_tokenizer, encoded.dataset[0])
-    assert encoded.truncated == 1 and len(encoded.dataset[0]["input_ids"]) == 16
-    assert prompt == "" and row["completion"].startswith(completion)
-
-
-def test_the_tokenizers_own_limit_holds(tiny_tokenizer):
+    prompt, completion = decoded(tiny_tokenizer, encoded[2])
+    assert prompt == "" and answer["completion"].startswith(completion)
     tiny_tokenizer.model_max_length = 20
-    encoded = data.encode([{"prompt": "far " * 100, "completion": "yes"}], tiny_tokenizer)
-    assert encoded.max_length == 20 and len(encoded.dataset[0]["input_ids"]) == 20
+    encoded = data.encode([long], tiny_tokenizer)
+    assert encoded.max_length == len(encoded[0].ids) == 20
 
 
-def test_plain_text_carries_loss_everywhere(tiny_tokenizer):
-    (example,) = data.encode([{"text": "Mila bakes bread."}], tiny_tokenizer).dataset
-    assert all(example["completion_mask"])
-    assert tiny_tokenizer.decode(example["input_ids"]) == "Mila bakes bread.<|end|>"
-
-
-def test_all_masked_example_is_named(tiny_tokenizer):
+def test_encode_names_what_it_refuses(tiny_tokenizer):
     for empty in ("", " \n"):
-        with pytest.raises(
-            ValueError, match=r"rows: row 2: the response is empty.*mask is all zero"
-        ):
+        with pytest.raises(ValueError, match="row 2"):
             data.encode([PAIR, {"prompt": "q", "completion": empty}], tiny_tokenizer)
-
-
-def test_encode_refuses_nothing_and_silly_lengths(tiny_tokenizer):
-    with pytest.raises(ValueError, match="rows: expected at least one row"):
+    with pytest.raises(ValueError, match="rows"):
         data.encode([], tiny_tokenizer)
-    with pytest.raises(ValueError, match="max_length: expected a whole number of tokens from 2"):
+    with pytest.raises(ValueError, match="max_length"):
         data.encode([PAIR], tiny_tokenizer, max_length=0)
-
-
-def test_pad_must_not_be_the_end_token():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"<e>": 0, "q": 1, "a": 2}, unk_token=None))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>", pad_token="<e>")
-    with pytest.raises(ValueError, match="pad_token"):
-        data.encode([{"prompt": "q", "completion": "a"}], tokenizer, template="plain")
-
-
-# ---------------------------------------------------------------- what is shown
 
 
 def test_masks_are_shown_escaped(tiny_tokenizer):
     row = {"prompt": "<script>alert(1)</script>", "completion": "<b>河边</b>"}
-    view = data.show_masks(data.encode([row], tiny_tokenizer), tiny_tokenizer)
+    view = show.show_masks(data.encode([row] * 4, tiny_tokenizer), tiny_tokenizer, n=2)
     shown = view._repr_html_()
-    assert "<script" not in shown and "<b>河" not in shown
+    assert "<script" not in shown and "<b>" not in shown
     assert "�" not in shown and "河" in shown and "边" in shown
+    assert len(view.examples) == 2
     assert "".join(t for t, loss in view.examples[0] if loss) == "<b>河边</b><|end|>"
     assert "[<|end|>]" in repr(view)
 
 
-def test_prompt_text_reads_like_the_row():
-    assert templates.prompt_text(PAIR) == PAIR["prompt"]
-    assert templates.prompt_text({"text": "x"}) == ""
+def test_table_is_escaped_and_aligned():
+    table = show.Table([{"name": "<b>", "loss": 0.123456}, {"name": "a & b", "more": 3}])
+    assert table.columns == ["name", "loss", "more"]
+    html = table._repr_html_()
+    assert "<b>" not in html and "&lt;b&gt;" in html and "a &amp; b" in html
+    assert html.count("<tr>") == 3 and html.startswith('<table class="labkit-table">')
+    lines = repr(table).splitlines()
+    assert lines == ["name  | loss   | more", "<b>   | 0.1235 |", "a & b |        | 3"]
+    assert repr(show.Table([])) == ""
+
+
+def test_side_by_side_is_escaped():
+    row = {"prompt": "<img src=x onerror=alert(1)>", "completion": "<i>no</i>"}
+    table = show.side_by_side([row] * 4, ["<script>"] * 4, ["a & b"] * 4, n=2)
+    shown = table._repr_html_()
+    assert "<img" not in shown and "<script" not in shown and "<i>" not in shown
+    assert "&lt;script&gt;" in shown and "a &amp; b" in shown and shown.count("<tr>") == 3
+    assert "after | a & b" in repr(table)
+    with pytest.raises(ValueError):
+        show.side_by_side([row], ["a", "b"], ["c"])
 
 
 def test_import_is_light():
-    heavy = "torch", "transformers", "datasets", "pyarrow"
-    code = (f"import sys, labkit.data, labkit.evaluation; "
-            f"print([m for m in {heavy!r} if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys, labkit.data, labkit.show; "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

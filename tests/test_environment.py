@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import labkit
-
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PINS = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
@@ -22,12 +20,8 @@ def canonical(requirement):
     return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
-def test_every_dependency_is_pinned_exactly():
+def test_every_dependency_is_pinned_and_locked():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in PINS)
-    assert "torch==2.13.0" in PINS
-
-
-def test_the_lock_holds_the_same_versions():
     locked = dict(canonical(line) for line in LOCK.splitlines() if not line.startswith("#"))
     assert {canonical(pin) for pin in PINS} <= set(locked.items())
 
@@ -56,10 +50,6 @@ def test_the_installed_versions_are_the_locked_ones():
         assert version(name).split("+")[0] == wanted
 
 
-def test_the_version_is_the_projects():
-    assert labkit.__version__ == PROJECT["version"]
-
-
 @pytest.mark.parametrize("module", ["labkit", "labkit.cli"])
 def test_import_is_fast(module):
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
@@ -70,10 +60,9 @@ def test_import_is_fast(module):
     assert min(times) < 0.3
 
 
-LIGHT = ["data", "models", "tracking", "cli", "plots", "evaluation", "notebooks"]
-
-
-@pytest.mark.parametrize("name", [n for n in LIGHT if (ROOT / "labkit" / f"{n}.py").exists()])
+@pytest.mark.parametrize(
+    "name", ["data", "models", "record", "cli", "plots", "notebooks", "widgets"]
+)
 def test_light_modules_load_no_heavy_library(name):
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "papermill"}
     code = f"import labkit.{name}, sys; print(*sys.modules)"
@@ -82,8 +71,7 @@ def test_light_modules_load_no_heavy_library(name):
 
 
 # Written in pieces, so that this file does not find itself.
-FORBIDDEN = ["/" + "work/", "/" + "root/", "/" + "opt/pypi", "/" + "opt/wheels", "file" + "://",
-             "py" + "env/", "extra-" + "index-url"]  # fmt: skip
+FORBIDDEN = ["/" + "work/", "/" + "root/", "/" + "opt/", "file" + "://", "extra-" + "index-url"]
 
 
 def test_no_tracked_file_names_a_machine():

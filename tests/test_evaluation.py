@@ -29,9 +29,6 @@ def uniform_model(tiny_model):
     return model
 
 
-# ---------------------------------------------------------------- perplexity and loss
-
-
 @pytest.mark.parametrize("max_length, batch_size", [(256, 16), (8, 2), (2, 1)])
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(
     uniform_model, tiny_tokenizer, max_length, batch_size
@@ -76,34 +73,41 @@ def test_perplexity_by_genre(tiny_model, tiny_tokenizer):
 
 
 def test_perplexity_needs_texts(uniform_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="texts: expected a list of at least one text, got none"):
+    with pytest.raises(ValueError, match="texts"):
         evaluation.perplexity(uniform_model, tiny_tokenizer, [])
-    with pytest.raises(ValueError, match="got a single text"):
+    with pytest.raises(ValueError, match="texts"):
         evaluation.perplexity(uniform_model, tiny_tokenizer, "Mila")
-    with pytest.raises(ValueError, match="at least two tokens"):
+    with pytest.raises(ValueError, match="texts"):
         evaluation.perplexity(uniform_model, tiny_tokenizer, ["M"])
 
 
 def test_held_out_loss_counts_response_tokens_only(tiny_model, tiny_tokenizer):
     model = tiny_model("llama").train()
-    encoded = data.encode(ROWS, tiny_tokenizer)
+    examples = data.encode(ROWS, tiny_tokenizer)
     total = count = 0.0
-    for row in encoded.dataset:
-        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["completion_mask"]])
+    for example in examples:
+        ids, mask = (torch.tensor(column[None]) for column in example)
         with torch.no_grad():
             loss = model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss
-        total, count = total + loss.item() * sum(row["completion_mask"]), count + mask.sum().item()
-    got = evaluation.held_out_loss(model, encoded.dataset, batch_size=2)
+        total, count = total + loss.item() * mask.sum().item(), count + mask.sum().item()
+    got = evaluation.held_out_loss(model, examples, batch_size=2)
     assert got == pytest.approx(total / count, rel=1e-5)
     assert model.training
 
 
 def test_held_out_loss_of_a_uniform_model(uniform_model, tiny_tokenizer):
-    encoded = data.encode(ROWS, tiny_tokenizer)
-    assert evaluation.held_out_loss(uniform_model, encoded.dataset) == pytest.approx(math.log(448))
+    examples = data.encode(ROWS, tiny_tokenizer)
+    assert evaluation.held_out_loss(uniform_model, examples) == pytest.approx(math.log(448))
 
 
-# ---------------------------------------------------------------- exact answers
+def test_an_answer_gets_as_many_tokens_as_the_longest_right_one(tiny_tokenizer, monkeypatch):
+    from labkit import generate
+
+    given = []
+    monkeypatch.setattr(generate, "generate", lambda *args, **o: given.append(o) or ["", ""])
+    rows = [ROWS[0], {**ROWS[1], "completion": "6 " * 60, "kind": "long"}]
+    evaluation.exact(None, tiny_tokenizer, rows)
+    assert given[0]["max_new_tokens"] > len(tiny_tokenizer("6 " * 60)["input_ids"]) > 32
 
 
 def test_score_ignores_case_spacing_and_final_stop():
@@ -118,11 +122,14 @@ def test_evaluation_by_column_and_samples():
     assert got.n == 3 and got.accuracy == pytest.approx(2 / 3)
     assert got.by("kind") == {"antonym": (1.0, 1), "sum": (0.5, 2)}
     assert got.samples(2)[0] == {
-        "prompt": "2 + 2", "expected": "4", "response": "4", "correct": True,
-    }  # fmt: skip
+        "prompt": "2 + 2",
+        "expected": "4",
+        "response": "4",
+        "correct": True,
+    }
     assert len(got.samples(99)) == 3
     assert got.interval[0] < 2 / 3 < got.interval[1] and "66.7% of 3" in repr(got)
-    with pytest.raises(ValueError, match="row 1 has no column 'colour', only prompt"):
+    with pytest.raises(ValueError, match="colour"):
         got.by("colour")
 
 
@@ -140,7 +147,7 @@ def test_exact_answers_with_the_model(tiny_model, tiny_tokenizer):
     )
     assert seen == [(r["prompt"], a) for r, a in zip(rows, got.responses, strict=True)]
     assert got.accuracy == 0.75
-    with pytest.raises(ValueError, match="rows: expected at least one row to evaluate on"):
+    with pytest.raises(ValueError, match="rows"):
         evaluation.exact(tiny_model("llama"), tiny_tokenizer, [])
 
 
@@ -150,20 +157,6 @@ def test_exact_credits_the_answer_a_model_gives(tiny_model, tiny_tokenizer):
     first = evaluation.exact(model, tiny_tokenizer, ROWS, max_new_tokens=4)
     told = [{**r, "completion": a} for r, a in zip(ROWS, first.responses, strict=True)]
     assert evaluation.exact(model, tiny_tokenizer, told, max_new_tokens=4).accuracy == 1.0
-
-
-# ---------------------------------------------------------------- tables and statistics
-
-
-def test_side_by_side_is_escaped():
-    row = {"prompt": "<img src=x onerror=alert(1)>", "completion": "<i>no</i>"}
-    table = evaluation.side_by_side([row] * 4, ["<script>"] * 4, ["a & b"] * 4, n=2)
-    shown = table._repr_html_()
-    assert "<img" not in shown and "<script" not in shown and "<i>" not in shown
-    assert "&lt;script&gt;" in shown and "a &amp; b" in shown and shown.count("<tr>") == 3
-    assert "after | a & b" in repr(table)
-    with pytest.raises(ValueError, match="one answer for each of 1 rows, got 2 and 1"):
-        evaluation.side_by_side([row], ["a", "b"], ["c"])
 
 
 def test_mean_std_by_hand():
@@ -182,7 +175,7 @@ def test_wilson_solves_its_defining_equation():
                 assert abs(k / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))
     assert evaluation.wilson(0, 10)[0] == 0.0 and evaluation.wilson(100, 100)[1] == 1.0
     for k, n in [(1, 0), (-1, 3), (4, 3)]:
-        with pytest.raises(ValueError, match="expected 0 ≤ k ≤ n"):
+        with pytest.raises(ValueError, match="k, n"):
             evaluation.wilson(k, n)
 
 

@@ -2,118 +2,110 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from labkit.batching import Example, pack
 from labkit.logprobs import (
+    evaluating,
     masked_mean,
     masked_whiten,
-    position_ids,
-    sequence_logps,
-    token_logps,
+    mean_by_example,
+    response_logps,
+    response_outputs,
+    sum_by_example,
 )
 
 
-def test_token_logps_are_the_logs_of_known_probabilities():
-    """Logits log p give back p: 1/2, 1/4 by hand, whatever constant is added."""
-    p = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
-    logits = (p.log() + torch.tensor([[3.0], [-7.0], [0.0]]))[None]
-    logps = token_logps(logits, torch.tensor([[2, 0, 2]]))
-    assert logps.tolist() == [pytest.approx([math.log(0.5), math.log(0.25)], abs=1e-6)]
+def example(ids, prompt):
+    return Example(np.array(ids), (np.arange(len(ids)) >= prompt).astype(np.int64))
 
 
-def test_token_logps_stay_exact_for_bfloat16_logits():
-    logits = torch.zeros(1, 2, 1000, dtype=torch.bfloat16)
-    logps = token_logps(logits, torch.zeros(1, 2, dtype=torch.long))
-    assert logps.dtype == torch.float32
-    assert logps.item() == pytest.approx(-math.log(1000), abs=1e-5)
-
-
-def test_token_logps_refuse_shifted_logits():
-    with pytest.raises(ValueError, match="logits.*unshifted"):
-        token_logps(torch.zeros(1, 2, 5), torch.zeros(1, 3, dtype=torch.long))
+@torch.no_grad()
+def sums(model, examples, packing=True, pad_id=0):
+    batch = pack(examples, packing, pad_id)
+    return sum_by_example(response_logps(model, batch), batch)
 
 
 def test_all_continuations_together_have_probability_one(tiny_model, arch):
-    """The chain rule: the two-token responses' probabilities, given a prompt, sum to 1.
-
-    Summed over every second token for a fixed first one, they give the first one's own.
-    """
-    model = tiny_model(arch)
-    size = model.config.vocab_size
-    prompt, first = [7, 11, 30], 42
-    ids = torch.tensor([[*prompt, first, last] for last in range(size)])
-    mask = torch.ones_like(ids)
-    both = torch.tensor([0, 0, 0, 1, 1]).expand_as(ids)
+    """The chain rule: over every last token, the two-token responses that begin with one token
+    have that token's own probability, given the prompt."""
+    model, prompt, first = tiny_model(arch), [7, 11, 30], 42
+    every = [example([*prompt, first, last], 3) for last in range(model.config.vocab_size)]
+    joint = sums(model, every).exp().sum()
     with torch.no_grad():
-        joint = sequence_logps(model, ids, mask, both).exp().sum()
-        one = torch.tensor([0, 0, 0, 1]).view(1, 4)
-        alone = sequence_logps(model, ids[:1, :4], mask[:1, :4], one).exp()
-        exact = model(ids[:1, :3]).logits[0, -1].softmax(-1)[first]
+        exact = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[first]
+    alone = sums(model, [example([*prompt, first], 3)]).exp()
     assert joint.item() == pytest.approx(exact.item(), rel=1e-4)
     assert alone.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_what_stands_under_padding_cannot_matter(tiny_model, arch, side):
-    model = tiny_model(arch)
-    prompt, response = [9, 20, 33, 8], [50, 61, 1]
-    alone = torch.tensor([prompt + response])
-    marks = torch.tensor([[0] * 4 + [1] * 3])
-    with torch.no_grad():
-        expected = sequence_logps(model, alone, torch.ones_like(alone), marks)
-        for filler in (0, 5, 200):
-            pad, zero = [filler] * 6, [0] * 6
-            rows = [(pad, alone[0].tolist()), (zero, [1] * 7), (zero, marks[0].tolist())]
-            ids, attention, response_mask = (
-                torch.tensor([a + b if side == "left" else b + a]) for a, b in rows
-            )
-            got = sequence_logps(model, ids, attention, response_mask)
-            assert got.item() == pytest.approx(expected.item(), abs=2e-4)
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_stands_beside_and_under_padding_cannot_matter(tiny_model, arch, packing):
+    model, one = tiny_model(arch), example([9, 20, 33, 8, 50, 61, 1], 4)
+    expected = sums(model, [one], packing=False)[0].item()
+    for filler in (0, 5, 200):
+        for other in ([7] * 30, [8, 9]):
+            found = sums(model, [example(other, 1), one], packing, filler)[1]
+            assert found.item() == pytest.approx(expected, abs=2e-4)
 
 
-def test_a_first_token_has_no_context_even_after_padding(tiny_model):
-    """With everything marked as response, padding before the first token changes nothing."""
-    model = tiny_model()
-    text = [9, 20, 33]
-    plain = torch.tensor([text])
-    with torch.no_grad():
-        expected = sequence_logps(model, plain, torch.ones_like(plain), torch.ones_like(plain))
-        for filler in (0, 77):
-            ids = torch.tensor([[filler, filler, *text]])
-            mask = torch.tensor([[0, 0, 1, 1, 1]])
-            got = sequence_logps(model, ids, mask, torch.ones_like(ids))
-            assert got.item() == pytest.approx(expected.item(), abs=1e-4)
+def test_a_first_token_has_no_context(tiny_model):
+    """With everything marked as response, the first token is still not scored."""
+    whole, rest = example([9, 20, 33], 0), example([9, 20, 33], 1)
+    batch = pack([whole, rest])
+    assert batch.targets.tolist() == [20, 33, 20, 33]
+    found = sums(tiny_model(), [whole, rest])
+    assert found[0].item() == pytest.approx(found[1].item(), abs=1e-5)
 
 
-def test_the_average_is_the_sum_over_the_number_of_response_tokens(tiny_model):
-    model = tiny_model()
-    ids = torch.tensor([[9, 20, 33, 8, 40], [9, 21, 34, 9, 41]])
-    ones = torch.ones_like(ids)
-    marks = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
-    total = sequence_logps(model, ids, ones, marks)
-    mean = sequence_logps(model, ids, ones, marks, average=True)
-    assert torch.allclose(total, mean * torch.tensor([3.0, 1.0]))
+def test_sums_and_means_by_example(tiny_model):
+    batch = pack([example([9, 20, 33, 8, 40], 2), example([9, 21], 1), example([3] * 9, 8)])
+    values = torch.arange(5.0)
+    counts = torch.tensor([3.0, 1.0, 1.0])
+    assert torch.equal(sum_by_example(torch.ones(5), batch), counts)
+    torch.testing.assert_close(
+        mean_by_example(values, batch) * counts, sum_by_example(values, batch)
+    )
+    logps = response_logps(tiny_model(), batch)
+    pieces = batch.by_example(logps)
+    torch.testing.assert_close(torch.stack([p.sum() for p in pieces]), sum_by_example(logps, batch))
 
 
-def test_the_sum_is_minus_the_librarys_loss(tiny_model, arch):
+def test_the_mean_is_minus_the_librarys_loss(tiny_model, arch):
     """Parity: transformers' mean cross-entropy with the prompt's labels ignored."""
-    model = tiny_model(arch)
-    ids = torch.tensor([[9, 20, 33, 8, 40, 41]])
-    labels = ids.clone()
-    labels[0, :3] = -100
-    marks = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    loss = model(ids, labels=labels).loss
-    mean = sequence_logps(model, ids, torch.ones_like(ids), marks, average=True)
+    model, ids = tiny_model(arch), [9, 20, 33, 8, 40, 41]
+    loss = model(torch.tensor([ids]), labels=torch.tensor([[-100] * 3 + ids[3:]])).loss
+    batch = pack([example(ids, 3)])
+    mean = mean_by_example(response_logps(model, batch), batch)
     assert mean.item() == pytest.approx(-loss.item(), abs=1e-5)
 
 
-def test_positions_count_real_tokens_from_zero():
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    positions = position_ids(mask)
-    assert positions[0, 2:].tolist() == [0, 1, 2]
-    assert positions[1, :3].tolist() == [0, 1, 2]
-    assert positions.min() >= 0
+def test_hidden_states_and_logits_are_those_of_the_response(tiny_model, arch):
+    model, examples = tiny_model(arch), [example([9, 20, 33, 8], 2), example([7, 6, 5], 1)]
+    hidden, logits, logps = response_outputs(model, pack(examples))
+    assert logits.dtype == torch.float32 and len(hidden) == len(logits) == len(logps) == 4
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), logits)
+
+
+def test_log_probabilities_stay_exact_in_bfloat16(tiny_model):
+    """A model that knows nothing gives each of 448 tokens -log 448, whatever its precision."""
+    model = tiny_model().bfloat16()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    logps = response_logps(model, pack([example([5, 6, 7], 1)]))
+    assert logps.dtype == torch.float32
+    assert logps.tolist() == pytest.approx([-math.log(448)] * 2, abs=1e-5)
+
+
+def test_each_part_gets_its_own_mode_back(tiny_model):
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not any(m.training for m in model.modules())
+        raise RuntimeError
+    assert [m.training for m in model.modules()] == before
 
 
 def test_masked_mean_ignores_even_nan_under_the_mask():

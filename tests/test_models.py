@@ -1,15 +1,16 @@
-"""Truths about models: what is saved comes back, counts are exact, bad input is named."""
+"""Truths about models: what is saved comes back, counts are exact, a trainer leaves no trace."""
 
+import copy
 import json
 import logging
 import os
+import random
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,16 +23,17 @@ LLAMA_2_7B = {
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "num_key_value_heads": 32,
     "tie_word_embeddings": False,
-    "dtype": "float16",
 }
+IDS = torch.arange(40, 60)[None]
 
 
-def logits(model, tokenizer):
-    ids = tokenizer("Mila lives in the old mill. 你好", return_tensors="pt").input_ids
+def logits(model):
     with torch.no_grad():
-        return model(ids).logits
+        return model(IDS).logits
+
+
+# --- loading and saving ---
 
 
 def test_a_saved_model_comes_back_with_the_same_outputs(tiny_folder, tmp_path, arch):
@@ -39,45 +41,25 @@ def test_a_saved_model_comes_back_with_the_same_outputs(tiny_folder, tmp_path, a
     assert not model.training and model.dtype == torch.float32
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     folder = models.save(model, tokenizer, tmp_path / "saved")
-    again, tokenizer_again = models.load(str(folder))
-    assert torch.equal(logits(model, tokenizer), logits(again, tokenizer_again))
+    again, _ = models.load(str(folder))
+    assert torch.equal(logits(model), logits(again))
     assert not [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
 
 
-def test_a_loss_and_a_padded_batch_bring_no_warning(tiny_folder, arch, caplog, monkeypatch):
-    from transformers.utils import logging as tf_logging
-
-    from labkit import speed
-
-    model, tokenizer = models.load(str(tiny_folder(arch)))
-    tf_logging.warning_once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    ids = torch.tensor([[5, 6, 7], [8, 9, tokenizer.pad_token_id]])
-    places, targets = torch.tensor([0, 1, 3]), torch.tensor([6, 7, 9])
-    part = {"input_ids": ids, "positions": places, "targets": targets}
-    with caplog.at_level(logging.WARNING):
-        model(input_ids=ids, labels=ids)
-        speed.response_loss(model, part)
-    assert "transformers" not in " ".join(record.name for record in caplog.records)
-
-
-def test_dtype_and_device_are_obeyed_or_refused(tiny_folder):
-    folder = str(tiny_folder())
-    model, _ = models.load(folder, dtype="bfloat16", device="cpu")
+def test_weights_are_float32_unless_asked_whatever_the_file_holds(tiny_folder):
+    folder = tiny_folder()
+    model, tokenizer = models.load(str(folder), dtype="bfloat16", device="cpu")
     assert model.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype.*int4"):
-        models.load(folder, dtype="int4")
-    with pytest.raises(ValueError, match="device.*toaster"):
-        models.load(folder, device="toaster")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device.*cuda:0.*no GPU"):
-            models.load(folder, device="cuda:0")
+    models.save(model, tokenizer, folder)
+    assert models.load(str(folder))[0].dtype == torch.float32
+    for wrong in ({"dtype": "int8"}, {"dtype": "tensor"}, {"device": "toaster"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            models.load(str(folder), **wrong)
 
 
 def without(folder, *patterns):
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 def only_pickle(folder):
@@ -93,8 +75,7 @@ def half_file(folder):
 def half_weights(folder):
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(folder / "model.safetensors")
-    kept = {k: v for k, v in weights.items() if "layers.1." not in k}
+    kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if "s.1." not in k}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -103,133 +84,38 @@ def other_kind(folder):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error", "message"),
-    [
-        (lambda f: without(f, "config.json"), FileNotFoundError, "no config.json"),
-        (lambda f: without(f, "tokenizer*"), FileNotFoundError, "no tokenizer"),
-        (lambda f: without(f, "*.safetensors"), FileNotFoundError, "no weights"),
-        (only_pickle, FileNotFoundError, "only pickled weights"),
-        (lambda f: shutil.rmtree(f), FileNotFoundError, "no folder here"),
-        (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json"),
-        (half_file, ValueError, "[Ss]afetensor"),
-        (half_weights, ValueError, "lacks 9 weights"),
-        (other_kind, ValueError, "causal language model"),
-    ],
-)
-def test_a_spoiled_folder_is_named_with_its_fault(tiny_folder, spoil, error, message):
-    folder = tiny_folder()
+SPOILT = {
+    "no config": (lambda f: without(f, "config.json"), FileNotFoundError),
+    "no weights": (lambda f: without(f, "*.safetensors"), FileNotFoundError),
+    "no tokenizer": (lambda f: without(f, "tokenizer*"), ValueError),
+    "only pickle": (only_pickle, FileNotFoundError),
+    "no folder": (shutil.rmtree, FileNotFoundError),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), ValueError),
+    "half a file": (half_file, ValueError),
+    "half the weights": (half_weights, ValueError),
+    "another kind": (other_kind, ValueError),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_spoilt_folder_is_named(tiny_folder, fault):
+    (spoil, error), folder = SPOILT[fault], tiny_folder()
     spoil(folder)
-    with pytest.raises(error, match=message) as raised:
+    with pytest.raises(error) as raised:
         models.load(str(folder))
-    assert "model: " in str(raised.value) and str(folder) in str(raised.value)
+    assert "model" in str(raised.value) and str(folder) in str(raised.value)
 
 
-def test_a_folder_with_an_adapter_only_says_so(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="base model"):
-        models.load(str(tmp_path))
-
-
-def test_a_good_pad_token_is_kept(make_tokenizer, caplog):
-    tokenizer = models.check_tokenizer(make_tokenizer())
-    assert tokenizer.pad_token == "<|pad|>" and not caplog.text
-
-
-@pytest.mark.parametrize("pad", [None, "<|end|>"])
-def test_a_spare_special_token_takes_over_and_is_announced(make_tokenizer, caplog, pad):
-    tokenizer = make_tokenizer(pad_token=pad)
-    with caplog.at_level(logging.WARNING, "labkit"):
-        models.check_tokenizer(tokenizer)
-    assert tokenizer.pad_token == "<|pad|>" and "<|pad|>" in caplog.text
-    with pytest.raises(ValueError, match="pad_token.*differs"):
-        models.check_tokenizer(make_tokenizer(pad_token=pad), pad_token=None)
-
-
-def plain_tokenizer(words, **special):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-
-def test_the_unknown_token_is_the_last_resort_and_ordinary_words_are_none():
-    words = ["<unk>", "</s>", "ipad", "reserved"]
-    tokenizer = plain_tokenizer(words, eos_token="</s>", unk_token="<unk>")
-    assert models.check_tokenizer(tokenizer).pad_token == "<unk>"
-    tokenizer = plain_tokenizer(words, eos_token="</s>")
-    with pytest.raises(ValueError, match=r"pad_token='<\|pad\|>'"):
-        models.check_tokenizer(tokenizer)
-
-
-def test_a_tokenizer_without_end_is_refused():
-    with pytest.raises(ValueError, match="eos_token"):
-        models.check_tokenizer(plain_tokenizer(["<unk>", "a"], pad_token="<unk>"))
-
-
-def test_pad_equal_to_the_end_by_name_is_refused(make_tokenizer):
-    with pytest.raises(ValueError, match="pad_token.*<.end.>"):
-        models.check_tokenizer(make_tokenizer(), pad_token="<|end|>")
-
-
-def test_a_new_pad_token_gets_a_row_at_the_mean(tiny_model, tiny_tokenizer, tmp_path):
-    """Without spare rows the embedding grows by one; nothing else changes."""
-    old = tiny_model()
-    old.resize_token_embeddings(len(tiny_tokenizer))
-    rows = old.get_input_embeddings().weight.detach().clone()
-    old.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    model, tokenizer = models.load(str(tmp_path), pad_token="<|fill|>")
-    new = model.get_input_embeddings().weight
-    assert tokenizer.pad_token_id == len(rows) == new.shape[0] - 1
-    assert torch.equal(new[:-1], rows)
-    assert torch.allclose(new[-1], rows.mean(0), atol=1e-6)
-    assert model.config.vocab_size == len(rows) + 1 == logits(model, tokenizer).shape[-1]
-
-
-def test_llama_2_7b_has_its_published_number_of_parameters():
-    """Embedding and head 32000·4096 each; a layer 4·4096² + 3·4096·11008 + 2·4096; a norm."""
-    by_hand = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
-    counts = models.parameter_counts(models.meta_model(LLAMA_2_7B))
-    assert counts.total == counts.trainable == by_hand == 6_738_415_616
-    assert counts.bytes in (2 * by_hand, 4 * by_hand) and counts.share == 1
-
-
-def test_counts_see_frozen_and_tied_parameters(tiny_model, arch):
-    model = tiny_model(arch)
-    model.requires_grad_(False)
-    embedding = model.get_input_embeddings().weight.requires_grad_(True)
-    counts = models.parameter_counts(model)
-    assert counts.trainable == embedding.numel() == 448 * 64
-    assert counts.total == sum(t.numel() for t in {id(p): p for p in model.parameters()}.values())
-    assert counts.share == pytest.approx(counts.trainable / counts.total)
-    assert counts.bytes == 4 * counts.total
-
-
-def test_a_meta_model_takes_a_folder_and_no_memory(tiny_folder, arch):
-    folder = tiny_folder(arch)
-    model = models.meta_model(folder)
-    assert all(p.is_meta for p in model.parameters())
-    loaded, _ = models.load(str(folder))
-    assert models.parameter_counts(model).total == models.parameter_counts(loaded).total
-    with pytest.raises(FileNotFoundError, match="config"):
-        models.meta_model(folder / "nothing")
-    with pytest.raises(ValueError, match="model_type"):
-        models.meta_model({"hidden_size": 64})
-
-
-def test_saving_replaces_a_model_but_no_other_files(tiny_model, tiny_tokenizer, tmp_path):
+def test_saving_replaces_a_model_but_no_other_files(tiny_model, tiny_tokenizer, tmp_path, capfd):
     folder = models.save(tiny_model(), tiny_tokenizer, tmp_path / "m")
     models.save(tiny_model(seed=1), tiny_tokenizer, folder)
-    model, _ = models.load(str(folder))
-    assert torch.equal(model.lm_head.weight, tiny_model(seed=1).lm_head.weight)
+    assert torch.equal(logits(models.load(str(folder))[0]), logits(tiny_model(seed=1)))
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     (folder / "notes.md").write_text("mine")
     with pytest.raises(FileExistsError, match="notes.md"):
         models.save(tiny_model(), tiny_tokenizer, folder)
     assert (folder / "notes.md").read_text() == "mine"
+    assert "shards" not in capfd.readouterr().err
 
 
 def test_a_failed_save_leaves_the_earlier_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
@@ -242,172 +128,378 @@ def test_a_failed_save_leaves_the_earlier_model(tiny_model, tiny_tokenizer, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(broken, "save_pretrained", full_disk)
-    with pytest.raises(OSError, match=f"(?s)folder.*{folder}.*No space left"):
+    with pytest.raises(OSError, match="No space left"):
         models.save(broken, tiny_tokenizer, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_autocast_is_for_models_of_a_million_parameters_on_fitting_processors(
-    tiny_model, monkeypatch
+def test_a_base_in_four_bits_is_not_saved(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    model.register_buffer("packed", torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="model"):
+        models.save(model, tiny_tokenizer, tmp_path / "m")
+
+
+# --- tokenizers ---
+
+
+def test_a_good_pad_token_is_kept(make_tokenizer, caplog):
+    tokenizer = models.check_tokenizer(make_tokenizer())
+    assert tokenizer.pad_token == "<|pad|>" and not caplog.text
+
+
+@pytest.mark.parametrize("pad", [None, "<|end|>"])
+def test_a_spare_special_token_takes_over_with_a_warning(make_tokenizer, caplog, pad):
+    with caplog.at_level(logging.WARNING, "labkit"):
+        tokenizer = models.check_tokenizer(make_tokenizer(pad_token=pad))
+    assert tokenizer.pad_token == "<|pad|>" and "<|pad|>" in caplog.text
+    with pytest.raises(ValueError, match="pad_token"):
+        models.check_tokenizer(make_tokenizer(pad_token=pad), pad_token=None)
+    with pytest.raises(ValueError, match="pad_token"):
+        models.check_tokenizer(make_tokenizer(), pad_token="<|end|>")
+
+
+def plain_tokenizer(words, **special):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def test_the_unknown_token_comes_before_a_new_one_and_ordinary_words_never_pad():
+    words = ["<unk>", "</s>", "ipad", "reserved"]
+    tokenizer = plain_tokenizer(words, eos_token="</s>", unk_token="<unk>")
+    assert models.check_tokenizer(tokenizer).pad_token == "<unk>"
+    assert models.check_tokenizer(plain_tokenizer(words, eos_token="</s>")).pad_token_id == 4
+    with pytest.raises(ValueError, match="eos_token"):
+        models.check_tokenizer(plain_tokenizer(words, pad_token="<unk>"))
+
+
+def test_a_tokenizer_with_eos_only_gets_a_pad_token_with_a_row_at_the_mean(
+    tiny_model, tmp_path, caplog
 ):
-    large = torch.nn.Linear(1000, 1000)
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: True)
-    assert models.autocast_dtype(large) == torch.bfloat16
-    assert models.autocast_dtype(tiny_model()) is None
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: False)
-    assert models.autocast_dtype(large) is None
+    """GPT-2's case; nothing but the new row differs."""
+    words = [f"w{i}" for i in range(447)] + ["<|endoftext|>"]
+    eos = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    old = tiny_model("gpt2")
+    old.save_pretrained(tmp_path)
+    plain_tokenizer(words, **eos).save_pretrained(tmp_path)
+    model, tokenizer = models.load(str(tmp_path))
+    rows, new = old.get_input_embeddings().weight, model.get_input_embeddings().weight
+    assert "pad_token" in caplog.text
+    assert tokenizer.pad_token_id == model.config.pad_token_id == len(rows) == len(new) - 1
+    assert torch.equal(new[:-1], rows)
+    assert torch.allclose(new[-1], rows.mean(0), atol=1e-6)
+    assert torch.equal(logits(model)[..., :-1], logits(old))
+
+
+# --- counts and precision ---
+
+
+def test_llama_2_7b_has_its_published_number_of_parameters():
+    """Embedding and head 32000·4096 each; a layer 4·4096² + 3·4096·11008 + 2·4096; a norm."""
+    by_hand = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+    counts = models.parameter_counts(models.meta_model(LLAMA_2_7B))
+    assert counts.total == counts.trainable == by_hand == 6_738_415_616
+    assert counts.bytes in (2 * by_hand, 4 * by_hand) and counts.share == 1
+
+
+def test_counts_see_frozen_and_tied_parameters(tiny_folder, arch):
+    folder = tiny_folder(arch)
+    model, meta = models.load(str(folder))[0].requires_grad_(False), models.meta_model(folder)
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    counts = models.parameter_counts(model)
+    assert counts.trainable == embedding.numel() == 448 * 64
+    assert counts.total == models.parameter_counts(meta).total == counts.bytes / 4
+    assert counts.share == pytest.approx(counts.trainable / counts.total)
+    assert all(p.is_meta for p in meta.parameters())
+    with pytest.raises(FileNotFoundError):
+        models.meta_model(folder / "nothing")
+    with pytest.raises(ValueError, match="model"):
+        models.meta_model({"hidden_size": 64})
+
+
+def test_autocast_is_for_models_of_a_million_parameters_on_fitting_processors(monkeypatch):
+    large, small = torch.nn.Linear(1000, 1000), torch.nn.Linear(10, 10)
+    for native, wanted in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(models, "cpu_has_bf16", lambda native=native: native)
+        assert models.autocast_dtype(large) is wanted and models.autocast_dtype(small) is None
+
+
+def test_float32_attention_is_the_librarys_and_stays_so_under_autocast(tiny_model, arch):
+    model = tiny_model(arch)
+    plain = logits(model)
+    models.use_float32_attention(torch.nn.parallel.DataParallel(model))
+    assert models.base_model(model).config._attn_implementation == "labkit_float32"
+    assert torch.equal(logits(model), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(logits(model).float(), plain, atol=0.2)
+
+
+def test_a_padded_batch_brings_no_warning(tiny_model, arch, caplog, monkeypatch):
+    from transformers.utils import logging as tf_logging
+
+    tf_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny_model(arch)(torch.tensor([[5, 6, 7], [8, 9, 0]]))
+    assert "transformers" not in " ".join(record.name for record in caplog.records)
+
+
+# --- what a trainer leaves ---
+
+
+def lora_model(model, **options):
+    import peft
+
+    options = {"target_modules": "all-linear", "lora_dropout": 0.1} | options
+    with models.quiet_peft():
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+def mixture(tiny_model):
+    import transformers as tf
+
+    shape = tiny_model("mistral").config.to_dict()
+    config = tf.MixtralConfig(**shape, num_local_experts=4)
+    return tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+KINDS = {
+    "llama": lambda tiny_model: tiny_model(),
+    "gpt2 in train mode": lambda tiny_model: tiny_model("gpt2").train(),
+    "mixture of experts": mixture,
+    "lora": lambda tiny_model: lora_model(tiny_model("gpt2"), fan_in_fan_out=True).eval(),
+}
+
+
+def snapshot(model):
+    """All but the values of the weights, as text: modules, attributes, configurations, random states."""
+    found = {"classes": {name: type(module) for name, module in model.named_modules()}}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                value = {k: (v is not None and v.requires_grad) for k, v in value.items()}
+            elif key == "_modules":
+                value = list(value)
+            elif hasattr(value, "to_dict"):
+                value = value.to_dict() | {"attributes": dict(vars(value))}
+            elif isinstance(value, dict):
+                value = {k: getattr(v, "to_dict", lambda v=v: v)() for k, v in value.items()}
+            found[f"{name}.{key}"] = repr(value)
+    found["random"] = (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
+    return copy.deepcopy(found)
+
+
+def train(model, tokenizer, folder, method="SFT", **options):
+    import trl
+    from datasets import Dataset
+
+    rows = [{"prompt": f"q{i}", "completion": f"a {i}"} for i in range(8)]
+    settings = dict(max_steps=1, use_cpu=True, bf16=method == "SFT", report_to="none")
+    settings |= dict(disable_tqdm=True, save_strategy="no", learning_rate=1e-2)
+    arguments = getattr(trl, f"{method}Config")(output_dir=str(folder), **settings, **options)
+    extra = {} if method == "SFT" else {"reward_funcs": lambda completions, **_: [1.0, 2.0] * 4}
+    data = Dataset.from_list(rows if method == "SFT" else [{"prompt": r["prompt"]} for r in rows])
+    trainer = getattr(trl, f"{method}Trainer")
+    trainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, **extra).train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainer_leaves_nothing_but_weights(tiny_model, tiny_tokenizer, tmp_path, kind):
+    model = KINDS[kind](tiny_model)
+    before, weights = snapshot(model), copy.deepcopy(model.state_dict())
+    with models.unchanged(model):
+        models.use_float32_attention(model)
+        train(model, tiny_tokenizer, tmp_path, activation_checkpointing=True)
+        assert snapshot(model) != before
+    assert snapshot(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    moved = [k for k, v in model.state_dict().items() if not torch.equal(v, weights[k])]
+    assert moved and (kind != "lora" or all("lora" in name for name in moved))
+    output = model.generate(IDS, max_new_tokens=2, do_sample=False)  # a mixture's would fail
+    assert output.shape[1] > IDS.shape[1]
+
+
+def test_an_adapter_and_dropout_of_zero_are_taken_off_also_after_an_error(
+    tiny_model, tiny_tokenizer, tmp_path
+):
+    model = KINDS["lora"](tiny_model)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="stop"), models.unchanged(model):
+        options = dict(num_generations=4, per_device_train_batch_size=8, beta=0.1)
+        train(
+            model,
+            tiny_tokenizer,
+            tmp_path,
+            "RLOO",
+            max_completion_length=4,
+            disable_dropout=True,
+            **options,
+        )
+        assert "ref" in model.peft_config
+        raise RuntimeError("stop")
+    assert snapshot(model) == before
+    models.save(model, tiny_tokenizer, tmp_path / "adapter")
+    assert not [p for p in (tmp_path / "adapter").iterdir() if p.is_dir()]
+
+
+# --- adapters ---
+
+
+def saved_adapter(tiny_model, tokenizer, folder, arch="llama", **options):
+    """A LoRA whose B is not zero, so that it matters; (its model, its folder)."""
+    model = lora_model(tiny_model(arch), init_lora_weights=False, **options).eval()
+    return model, models.save(model, tokenizer, folder)
+
+
+def rewrite(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "bottleneck"])
+def test_an_adapter_comes_back_frozen_and_only_once(tiny_model, tiny_tokenizer, tmp_path, method):
+    import peft
+
+    from labkit.techniques import adapter
+
+    config = {
+        "lora": peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "bottleneck": adapter.BottleneckConfig(task_type="CAUSAL_LM", bottleneck=4),
+    }[method]
+    with models.quiet_peft():
+        model = peft.get_peft_model(tiny_model(), config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.01 * parameter.requires_grad
+    folder = models.save(model, tiny_tokenizer, tmp_path / "adapter")
+    again = models.load_adapter(tiny_model(), folder)
+    assert torch.equal(logits(again), logits(model)) and not torch.equal(
+        logits(again), logits(tiny_model())
+    )
+    assert not models.parameter_counts(again).trainable and not again.training
+    for other in (again, tiny_model("gpt2")):
+        with pytest.raises(ValueError, match="model"):
+            models.load_adapter(other, folder)
+
+
+HARM = {
+    "another prefix": lambda w: {
+        k.replace("model.model", "language_model"): v for k, v in w.items()
+    },
+    "half of them": lambda w: {k: v for k, v in w.items() if "layers.1" not in k},
+    "not finite": lambda w: {k: v / 0 for k, v in w.items()},
+    "another rank": lambda w: {k: v.repeat(1 + ("A" in k), 1) for k, v in w.items()},
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
+    tiny_model, tiny_tokenizer, tmp_path, harm
+):
+    _, folder = saved_adapter(tiny_model, tiny_tokenizer, tmp_path / "a")
+    rewrite(folder, HARM[harm])
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="folder"):
+        models.load_adapter(model, folder)
+    assert {k: v for k, v in snapshot(model).items() if k != "random"} == {
+        k: v for k, v in before.items() if k != "random"
+    }
+    with pytest.raises(FileNotFoundError, match="adapter"):
+        models.load_adapter(model, tmp_path)
+
+
+def test_an_adapter_knows_its_base(tiny_model, tiny_tokenizer, tmp_path, caplog):
+    """Qwen2 has layers of the same names and widths as Llama."""
+    _, folder = saved_adapter(
+        tiny_model, tiny_tokenizer, tmp_path / "a", target_modules=["gate_proj", "up_proj"]
+    )
+    with pytest.raises(ValueError, match="base"):
+        models.load_adapter(tiny_model("qwen2"), folder)
+    record = json.loads((folder / "labkit.json").read_text())
+    record["base"]["weights"] = "4-bit"
+    (folder / "labkit.json").write_text(json.dumps(record))
+    models.load_adapter(tiny_model(), folder)
+    assert "qlora" in caplog.text
+
+
+def test_a_method_that_peft_does_not_know_is_imported_first(tiny_model, tiny_tokenizer, tmp_path):
+    _, folder = saved_adapter(tiny_model, tiny_tokenizer, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["peft_type"] = "LABKIT_OTHER"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="import labkit.techniques.adapter"):
+        models.load_adapter(tiny_model(), folder)
+
+
+def test_a_named_adapter_can_be_saved_twice_and_loaded(tiny_model, tiny_tokenizer, tmp_path):
+    import peft
+
+    with models.quiet_peft():
+        config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+        model = peft.get_peft_model(tiny_model(), config, adapter_name="english").eval()
+    for _ in range(2):
+        folder = models.save(model, tiny_tokenizer, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="english"):
+        models.load_adapter(tiny_model(), folder)
+    again = models.load_adapter(tiny_model(), folder / "english")
+    assert torch.equal(logits(again), logits(model))
 
 
 # --- the hub, on loopback ---
 
 LOAD = """
-import logging, sys
-logging.basicConfig(format="LOG %(name)s %(message)s")
+import sys
 from labkit import models
-try:
-    model, tokenizer = models.load(sys.argv[1])
-    print("LOADED", sum(p.double().sum().item() for p in model.parameters()))
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
+for name in sys.argv[1:]:
+    name, _, revision = name.partition("@")
+    try:
+        model, tokenizer = models.load(name, revision=revision or None)
+        print(sum(p.double().sum().item() for p in model.parameters()))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
 """
 
 
-def load_fresh(url, home, model="town/tiny"):
-    """Load in a fresh process, as a user would; (what it said, standard error)."""
+def load_fresh(url, home, *names, **more):
+    """What a fresh process says of each model that it loads from the hub at `url`."""
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN")
-    proxies = ("http_proxy", "https_proxy", "all_proxy")
-    env = {k: v for k, v in os.environ.items() if k not in offline and k.lower() not in proxies}
-    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    env |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOAD, model]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    env = {k: v for k, v in os.environ.items() if k not in offline and "_proxy" not in k.lower()}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home)} | more
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", LOAD, *names]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
+    return done.stdout.strip().splitlines()
 
 
-@pytest.fixture
-def load_from(monkeypatch, caplog):
-    """Load in this process from another hub and cache; (what it said, seconds, log)."""
-    from huggingface_hub import close_session, constants
-
-    def load(url, home, model="town/tiny", **options):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
-        caplog.clear()
-        start = time.monotonic()
-        try:
-            network, _ = models.load(model, **options)
-            said = f"LOADED {sum(p.double().sum().item() for p in network.parameters())}"
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-        return said, time.monotonic() - start, caplog.text
-
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    yield load
-    close_session()
-
-
-@pytest.fixture
-def nowhere():
-    """The address of a port where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
-
-
-def checksum(folder):
-    model, _ = models.load(str(folder))
-    return f"LOADED {sum(p.double().sum().item() for p in model.parameters())}"
-
-
-def test_a_fresh_process_loads_from_hf_endpoint_and_then_from_its_cache(
-    hub_server, tiny_folder, tmp_path, nowhere
+def test_a_hub_gives_shards_then_the_cache_does_and_errors_name_the_model(
+    hub_server, tiny_model, tiny_tokenizer, tmp_path
 ):
-    folder = tiny_folder()
-    with hub_server(folder) as server:
-        said, noise = load_fresh(server.url, tmp_path)
-    assert said == checksum(folder), noise
-    assert all("/resolve/" in path for _, path in server.requests)
-    said, noise = load_fresh(nowhere, tmp_path)
-    assert said == checksum(folder)
-    assert "using the cached copy of town/tiny" in noise
-
-
-def test_a_fresh_process_without_network_says_one_line(tmp_path, nowhere):
-    start = time.monotonic()
-    said, noise = load_fresh(nowhere, tmp_path)
-    assert said.startswith("HubError: model: ") and "\n" not in said
-    assert "LOG" not in noise and time.monotonic() - start < 60
-
-
-def test_hub_shards_revision_and_unknown_names(
-    load_from, hub_server, tiny_model, tiny_tokenizer, tmp_path
-):
-    folder = tmp_path / "sharded"
-    tiny_model("qwen2").save_pretrained(folder, max_shard_size="100KB")
-    tiny_tokenizer.save_pretrained(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    with hub_server(folder) as server:
-        said, _, noise = load_from(server.url, tmp_path / "a", revision=hub_server.commit)
-        assert said == checksum(folder), noise
-        said, _, _ = load_from(server.url, tmp_path / "b", revision="v9")
-        assert said.startswith("FileNotFoundError: revision: ") and "'v9'" in said
-        said, _, _ = load_from(server.url, tmp_path / "c", model="town/typo")
-        assert said.startswith("FileNotFoundError: model: ") and "'town/typo'" in said
-        (folder / "model.safetensors.index.json").unlink()
-        said, _, _ = load_from(server.url, tmp_path / "d")
-        assert said.startswith("FileNotFoundError: model: ") and "safetensors" in said
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"), [("503", "503"), ("503-weights", "503"), ("cut", "closed connection")]
-)
-def test_hub_faults_are_told_once_quickly_and_leave_no_half_model(
-    load_from, hub_server, tiny_folder, tmp_path, nowhere, fault, reason
-):
-    folder = tiny_folder()
-    with hub_server(folder, fault) as server:
-        said, seconds, noise = load_from(server.url, tmp_path)
-        assert said.startswith("HubError: model: ") and "'town/tiny'" in said, noise
-        assert reason in said and "\n" not in said and seconds < 20
-        assert noise == ""
-        offline, _, _ = load_from(nowhere, tmp_path)
-        assert offline.startswith("HubError")
-        server.fault = None
-        said, _, noise = load_from(server.url, tmp_path)
-        assert said == checksum(folder), noise
-
-
-def test_a_download_cut_once_resumes(load_from, hub_server, tiny_folder, tmp_path):
-    folder = tiny_folder()
-    with hub_server(folder, "cut-once") as server:
-        said, seconds, noise = load_from(server.url, tmp_path)
-        assert said == checksum(folder) and server.cuts == 1, noise
-
-
-def test_no_network_at_all_is_told_quickly(load_from, tmp_path, nowhere):
-    said, seconds, noise = load_from(nowhere, tmp_path)
-    assert said.startswith("HubError: model: ") and "refused" in said, noise
-    assert "local folder" in said and seconds < 15
-
-
-def test_a_local_folder_asks_nobody(load_from, hub_server, tiny_folder, tmp_path):
-    folder = tiny_folder("gpt2")
-    with hub_server(folder) as server:
-        said, _, noise = load_from(server.url, tmp_path, model=str(folder))
-    assert said == checksum(folder), noise
-    assert server.requests == []
-
-
-def test_repositories_with_code_are_taken_whole(load_from, hub_server, tiny_folder, tmp_path):
-    folder = tiny_folder()
-    with hub_server(folder) as server:
-        said, _, noise = load_from(server.url, tmp_path, trust_remote_code=True)
-    assert said == checksum(folder), noise
+    model = tiny_model("qwen2")
+    for name in ("sharded", "pickled"):
+        model.save_pretrained(tmp_path / "hub" / name, max_shard_size="100KB")
+        tiny_tokenizer.save_pretrained(tmp_path / "hub" / name)
+    only_pickle(tmp_path / "hub" / "pickled")
+    without(tmp_path / "hub" / "pickled", "*.index.json")
+    wanted = str(sum(p.double().sum().item() for p in model.parameters()))
+    with hub_server(tmp_path / "hub") as server:
+        names = ("town/sharded", "town/sharded@v9", "town/typo", "town/pickled")
+        loaded, *refused = load_fresh(server.url, tmp_path, *names)
+    assert loaded == wanted
+    assert len([path for path in server.paths if path.endswith(".safetensors")]) > 2
+    for said, name in zip(refused, names[1:], strict=True):
+        assert said.startswith("FileNotFoundError: model") and name.split("@")[0] in said
+    # Without this setting the libraries try for half a minute first.
+    said = load_fresh(server.url, tmp_path, "town/sharded", "town/other", HF_HUB_OFFLINE="1")
+    assert said[0] == wanted and said[1].startswith("ConnectionError: model")

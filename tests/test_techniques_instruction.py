@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from labkit import data, tinytown
+from labkit import data, tinytown, training
+from labkit.batching import pack
 from labkit.techniques import instruction
 from labkit.techniques.instruction import InstructionConfig
 
@@ -18,24 +21,17 @@ ROWS = [
 
 def batch(encoded):
     """Right-padded (B, T) ids and response mask."""
-    columns = (encoded.dataset[name] for name in ("input_ids", "completion_mask"))
-    return [
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in column], batch_first=True)
-        for column in columns
-    ]
+    columns = zip(*encoded, strict=True)
+    return [pad_sequence([torch.from_numpy(part) for part in c], batch_first=True) for c in columns]
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    scale = max(g.abs().max() for g in theirs.values())
-    for name in mine:
-        assert (mine[name] - theirs[name]).abs().max() < 1e-4 * scale, name
+def assert_same_step(model, ours, theirs):
+    """Losses and gradients agree."""
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    mine, other = (torch.autograd.grad(loss, parameters) for loss in (ours, theirs))
+    scale = max(g.abs().max() for g in other)
+    assert all((a - b).abs().max() < 1e-4 * scale for a, b in zip(mine, other, strict=True))
 
 
 def test_worked_example():
@@ -52,26 +48,19 @@ def test_worked_example():
     value, metrics = instruction.loss(p.log(), ids, mask)
     assert value.item() == pytest.approx(1.5 * math.log(2))
     assert metrics["perplexity"] == pytest.approx(2**1.5) and metrics["tokens"] == 2
-    everything = torch.ones(1, 3)
-    chapters, _ = instruction.loss(p.log()[:, :3], ids[:, :3], everything)
+    chapters, _ = instruction.loss(p.log()[:, :3], ids[:, :3], torch.ones(1, 3))
     assert chapters.item() == pytest.approx(3 * math.log(2))
-
-
-def test_uniform_logits_cost_log_of_the_vocabulary():
-    ids, mask = torch.randint(0, 50, (3, 7)), torch.ones(3, 7)
-    assert instruction.loss(torch.zeros(3, 7, 50), ids, mask)[0].item() == pytest.approx(
-        math.log(50)
-    )
 
 
 def test_only_response_tokens_matter(tiny_model, tiny_tokenizer):
     """Logits that predict a prompt token or padding have no gradient, and no effect."""
     ids, mask = batch(instruction.encode(ROWS, tiny_tokenizer, InstructionConfig()))
     logits = tiny_model()(input_ids=ids).logits.detach().requires_grad_()
-    value, _ = instruction.loss(logits, ids, mask)
-    value.backward()
+    instruction.loss(logits, ids, mask)[0].backward()
     reached = logits.grad.abs().sum(-1) > 0
     assert torch.equal(reached[:, :-1], mask[:, 1:].bool()) and not reached[:, -1].any()
+    with pytest.raises(ValueError, match="response_mask"):
+        instruction.loss(logits, ids, torch.zeros_like(mask))
 
 
 def test_token_accuracy_is_one_for_a_model_that_is_sure():
@@ -81,24 +70,22 @@ def test_token_accuracy_is_one_for_a_model_that_is_sure():
     assert value.item() == pytest.approx(0, abs=1e-6) and metrics["token_accuracy"] == 1
 
 
-def test_loss_and_gradients_equal_transformers_own(tiny_model, tiny_tokenizer, arch):
-    model = tiny_model(arch)
-    ids, mask = batch(instruction.encode(ROWS, tiny_tokenizer, InstructionConfig()))
-    ours, _ = instruction.loss(model(input_ids=ids).logits, ids, mask)
-    mine = gradients(model, ours)
-    theirs = model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
-    assert_same(mine, gradients(model, theirs))
-
-
-def test_loss_and_gradients_equal_trls(tiny_model, tiny_tokenizer, tmp_path, arch):
+def test_loss_and_gradients_equal_those_of_the_libraries(
+    tiny_model, tiny_tokenizer, tmp_path, arch
+):
+    """transformers' own, TRL's, and what the trainer minimizes."""
     from trl import SFTConfig, SFTTrainer
 
     model = tiny_model(arch)
     encoded = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
     ids, mask = batch(encoded)
-    ours, _ = instruction.loss(model(input_ids=ids).logits, ids, mask)
-    mine = gradients(model, ours)
+
+    def ours():
+        return instruction.loss(model(input_ids=ids).logits, ids, mask)[0]
+
+    labels = ids.masked_fill(mask == 0, -100)
+    assert_same_step(model, ours(), model(input_ids=ids, labels=labels).loss)
+    assert_same_step(model, ours(), training.sft_loss(model, pack(encoded))[0])
     options = dict(use_cpu=True, bf16=False, report_to="none", completion_only_loss=True)
     trainer = SFTTrainer(
         model,
@@ -107,28 +94,7 @@ def test_loss_and_gradients_equal_trls(tiny_model, tiny_tokenizer, tmp_path, arc
         processing_class=tiny_tokenizer,
     )
     rows = [trainer.train_dataset[i] for i in range(len(ROWS))]
-    theirs = trainer.compute_loss(model, trainer.data_collator(rows))
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
-    assert_same(mine, gradients(model, theirs))
-
-
-def test_the_trainer_minimizes_this_loss(tiny_model, tiny_tokenizer):
-    from labkit.evaluation import held_out_loss
-
-    model = tiny_model()
-    encoded = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
-    ids, mask = batch(encoded)
-    ours, _ = instruction.loss(model(input_ids=ids).logits, ids, mask)
-    assert held_out_loss(model, encoded.dataset) == pytest.approx(ours.item(), abs=1e-5)
-
-
-def test_wrong_shapes_and_empty_masks_are_refused():
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"\(2, 4, 9\)"):
-        instruction.loss(torch.zeros(2, 4, 9), ids, ids)
-    first_only = torch.tensor([[1, 0, 0, 0, 0]] * 2)
-    with pytest.raises(ValueError, match="response_mask"):
-        instruction.loss(torch.zeros(2, 5, 9), ids, first_only)
+    assert_same_step(model, ours(), trainer.compute_loss(model, trainer.data_collator(rows)))
 
 
 def test_alpaca_prompt_ends_where_the_response_begins():
@@ -138,8 +104,6 @@ def test_alpaca_prompt_ends_where_the_response_begins():
     assert "### Input:\nowl\n" in instruction.format_alpaca("Translate.", "owl")
     chinese = instruction.format_alpaca("翻译。", "owl", "zh")
     assert chinese.endswith("### 指令：\n翻译。\n\n### 输入：\nowl\n\n### 回复：\n")
-    with pytest.raises(ValueError, match="language"):
-        instruction.format_alpaca("翻译。", language="fr")
 
 
 def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer):
@@ -147,18 +111,17 @@ def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer):
     encoded = instruction.encode([row], tiny_tokenizer, InstructionConfig(template="alpaca"))
     prompt = tiny_tokenizer(instruction.format_alpaca("Translate.", "owl"))["input_ids"]
     answer = tiny_tokenizer("猫头鹰")["input_ids"]
-    ids, mask = instruction.join(prompt, answer, tiny_tokenizer.eos_token_id)
-    assert encoded.dataset[0] == {"input_ids": ids, "completion_mask": mask}
+    joined = instruction.join(prompt, answer, tiny_tokenizer.eos_token_id)
+    assert tuple(part.tolist() for part in encoded[0]) == joined
 
 
 def test_the_chapters_loop_learns_prompts_and_no_end(tiny_tokenizer):
     right = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
-    wrong = instruction.encode(
-        ROWS, tiny_tokenizer, InstructionConfig(learn_prompt=True, learn_end=False)
-    )
-    for good, bad in zip(right.dataset, wrong.dataset, strict=True):
-        assert good["input_ids"] == [*bad["input_ids"], tiny_tokenizer.eos_token_id]
-        assert all(bad["completion_mask"])
+    settings = InstructionConfig(learn_prompt=True, learn_end=False)
+    wrong = instruction.encode(ROWS, tiny_tokenizer, settings)
+    for good, bad in zip(right, wrong, strict=True):
+        assert good.ids.tolist() == [*bad.ids, tiny_tokenizer.eos_token_id]
+        assert bad.mask.all() and len(bad.mask) == len(bad.ids)
     assert wrong.response_tokens == wrong.tokens == right.tokens - len(ROWS)
 
 
@@ -170,10 +133,9 @@ def test_impossible_settings_are_refused(setting):
 
 def test_vary_keeps_count_and_mix():
     rows = tinytown.instruction_rows("train", 1500)
-    full = instruction.vary(rows, 1200)
     poor = instruction.vary(rows, 1200, phrasings=1)
-    assert full == rows[:1200]
-    assert {row["phrasing"] for row in poor} == {"ask0"} != {row["phrasing"] for row in full}
+    assert instruction.vary(rows, 1200) == rows[:1200]
+    assert {row["phrasing"] for row in poor} == {"ask0"} != {row["phrasing"] for row in rows}
     groups = {(row["task"], row["lang"]) for row in poor}
     kept = [row for row in rows if (row["task"], row["lang"]) in groups][:1200]
     assert [(r["task"], r["lang"]) for r in poor] == [(r["task"], r["lang"]) for r in kept]
@@ -190,19 +152,15 @@ def test_contains_looks_inside_but_not_inside_words():
     assert not instruction.contains(row, "There are 13 of them")
     zh = {"task": "to_zh", "lang": "en", "completion": "医生。", "accept": ["医生"]}
     assert instruction.contains(zh, "她是医生吗")
-    listing = {"task": "listing", "lang": "en", "completion": "Red, blue, green.",
-               "accept": ["red", "blue", "green"]}  # fmt: skip
+    listing = row | {"task": "listing", "completion": "Red, blue.", "accept": ["red", "blue"]}
     assert not instruction.contains(listing, "red")
     assert instruction.contains({"prompt": "?", "completion": "Paris"}, "It is paris.")
 
 
 def test_end_probability(tiny_model, tiny_tokenizer):
-    """The probability that one forward pass gives to the end token after each answer."""
-    model = tiny_model()
+    """The probability that one forward pass gives to the EOS after each response."""
     encoded = data.encode(ROWS, tiny_tokenizer)
-    expected = []
-    for ids in encoded.dataset["input_ids"]:
-        p = model(input_ids=torch.tensor([ids])).logits.softmax(-1)
-        expected.append(p[0, -2, tiny_tokenizer.eos_token_id].item())
-    found = instruction.end_probability(model, encoded)
-    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    logits = [tiny_model()(input_ids=torch.from_numpy(e.ids)[None]).logits for e in encoded]
+    expected = [p.softmax(-1)[0, -2, tiny_tokenizer.eos_token_id].item() for p in logits]
+    found = instruction.end_probability(tiny_model(), encoded)
+    assert found == pytest.approx(np.mean(expected), rel=1e-4)

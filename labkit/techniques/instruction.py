@@ -1,11 +1,11 @@
-"""Instruction tuning: a model that completes text learns to do what it is asked (Wei et al. 2021).
+"""Instruction tuning: a model that completes text learns to follow instructions (Wei et al. 2021).
 
     L = -1/N sum over response tokens t of log p(x_t | x_<t)
 
-Prompt and response stand in one sequence, framed by a template. The loss counts the response
-and its end token; the prompt is read, not learned, because whoever asks will write it. That is
-all: what makes it *instruction* tuning is the data, many tasks in many phrasings. Left out:
-packing and speed (`labkit.training` minimizes the same number), several turns (`labkit.data`).
+Prompt and response form one sequence, framed by a template. The loss counts the response and its
+EOS; the prompt is read, not learned, because users will write it. What makes it *instruction*
+tuning is the data, many tasks in many phrasings. Left out: packing and speed (`training` minimizes
+the same number), several turns (`data`).
 """
 
 from __future__ import annotations
@@ -13,52 +13,43 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from pydantic import Field
 
 from labkit import data, evaluation
-from labkit.templates import ALPACA, Row, response
+from labkit.batching import Example, pack
+from labkit.config import settings
+from labkit.formats import Row
+from labkit.logprobs import evaluating, response_logps
+from labkit.templates import ALPACA, TEMPLATES, response
 
-LANGUAGES = ("en", "zh")
 
-
-@dataclass(frozen=True)
+@settings
 class InstructionConfig:
-    """What a row becomes before training.
+    """What a row becomes: `template` is one of `templates.TEMPLATES`, `max_length` counts tokens.
 
-    `template` is one of `data.TEMPLATES`, `max_length` counts tokens. The chapter's loop (5.5.2)
-    is `learn_prompt=True, learn_end=False`: it learns to write questions too, and never to stop.
+    The chapter's loop (5.5.2) is `learn_prompt=True, learn_end=False`: it learns to write
+    questions too, and never to stop.
     """
 
-    template: str = "auto"
-    max_length: int = 256
+    template: Annotated[str, Field(pattern=f"^({'|'.join(TEMPLATES)})$")] = "auto"
+    max_length: Annotated[int, Field(ge=2)] = 256
     learn_prompt: bool = False
     learn_end: bool = True
 
-    def __post_init__(self) -> None:
-        if self.template not in data.TEMPLATES:
-            expected = ", ".join(data.TEMPLATES)
-            raise ValueError(f"template: expected one of {expected}, got {self.template!r}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
 
-
-def format_alpaca(instruction: str, given: str = "", language: str = "en") -> str:
-    """The prompt of the chapter's template (5.4.2), up to where the response begins.
-
-    The response is no part of it: appended and tokenized apart, it can be told from the prompt.
-    """
-    if language not in LANGUAGES:
-        raise ValueError(f"language: expected one of {', '.join(LANGUAGES)}, got {language!r}")
+def format_alpaca(instruction: str, given: str = "", language: Literal["en", "zh"] = "en") -> str:
+    """The prompt of the chapter's template (5.4.2), up to where the response begins."""
     form = ALPACA[f"{language}_input" if given.strip() else language]
     return form.format(instruction=instruction, input=given)
 
 
 def join(prompt_ids: Sequence[int], response_ids: Sequence[int], end: int) -> tuple[list, list]:
-    """One example: the ids of prompt, response and end token, and its response mask (1 = loss)."""
+    """One example: the ids of prompt, response and EOS, and its response mask (1 = loss)."""
     ids = [*prompt_ids, *response_ids, end]
     return ids, [0] * len(prompt_ids) + [1] * (len(response_ids) + 1)
 
@@ -68,65 +59,50 @@ def loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Mean negative log-likelihood of the response tokens, in nats, and metrics.
 
-    logits: (B, T, V); input_ids and response_mask: (B, T), mask 1 = keep. The logits at t predict
-    the token at t + 1, so the first token of a sequence is never scored. Metrics: `perplexity`,
-    `token_accuracy` (share of response tokens that are the most probable one), `tokens`.
-    Raises ValueError for shapes that do not fit and for a batch without a response token.
+    logits (B, T, V), input_ids and response_mask (B, T), 1 = keep. The logits at t predict token
+    t + 1, so the first is never scored. `token_accuracy`: the most probable token is right.
     """
-    if logits.shape[:2] != input_ids.shape or input_ids.shape != response_mask.shape:
-        raise ValueError(
-            "logits, input_ids, response_mask: expected (B, T, V), (B, T), (B, T), got "
-            f"{tuple(logits.shape)}, {tuple(input_ids.shape)}, {tuple(response_mask.shape)}"
-        )
     mask, targets = response_mask[:, 1:].bool(), input_ids[:, 1:]
     if not mask.any():
         raise ValueError("response_mask: expected a response token after the first position")
     logp = logits[:, :-1].float().log_softmax(-1)
-    chosen = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)[mask]
-    value = -chosen.mean()
+    value = -logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)[mask].mean()
     right = logp.argmax(-1)[mask] == targets[mask]
-    metrics = {
+    found = {
         "perplexity": value.exp(),
         "token_accuracy": right.float().mean(),
         "tokens": mask.sum(),
     }
-    return value, {name: metric.item() for name, metric in metrics.items()}
+    return value, {name: metric.item() for name, metric in found.items()}
 
 
 def encode(rows: list[Row], tokenizer: Any, config: InstructionConfig) -> data.Encoded:
-    """Rows as ids and masks, by `data.encode`, then with the config's two switches applied."""
+    """`data.encode`, then with the config's two switches applied."""
     encoded = data.encode(rows, tokenizer, max_length=config.max_length, template=config.template)
-    if not config.learn_prompt and config.learn_end:
-        return encoded
-    import datasets
-
-    ids, masks = list(encoded.dataset["input_ids"]), list(encoded.dataset["completion_mask"])
-    if not config.learn_end:
-        ids, masks = [i[:-1] for i in ids], [m[:-1] for m in masks]
-    if config.learn_prompt:
-        masks = [[1] * len(m) for m in masks]
-    return data.Encoded(
-        dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
-        truncated=encoded.truncated, tokens=sum(map(len, ids)),
-        response_tokens=sum(map(sum, masks)), max_length=encoded.max_length,
-    )  # fmt: skip
+    stop = None if config.learn_end else -1
+    masks = (np.ones_like(mask) if config.learn_prompt else mask for _, mask in encoded)
+    pairs = zip(encoded, masks, strict=True)
+    examples = [Example(e.ids[:stop], mask[:stop]) for e, mask in pairs]
+    return data.Encoded(examples, encoded.truncated, encoded.max_length)
 
 
 def vary(
-    rows: list[Row], count: int, *, languages: Iterable[str] | None = None,
-    families: Iterable[str] | None = None, phrasings: int | None = None,
-) -> list[Row]:  # fmt: skip
+    rows: list[Row],
+    count: int,
+    *,
+    languages: Iterable[str] | None = None,
+    families: Iterable[str] | None = None,
+    phrasings: int | None = None,
+) -> list[Row]:
     """`count` rows of less variety: only these languages, families, or first phrasings of each.
 
-    Rows that remain are repeated until there are `count`, so that arms of a comparison train for
-    the same number of steps; fewer phrasings leave the mix of tasks and languages as it is. Needs
-    Tinytown's `lang`, `task` and `phrasing` columns, the last of a training split.
+    Those are repeated up to `count`, so that compared conditions train for as many steps; fewer
+    phrasings keep the mix of tasks and languages. Needs Tinytown's columns of a training split.
     """
-    languages, families = set(languages or ()), set(families or ())
+    wanted = {"lang": set(languages or ()), "task": set(families or ())}
     kept = [
-        row for row in rows
-        if (not languages or row["lang"] in languages) and (not families or row["task"] in families)
-    ]  # fmt: skip
+        r for r in rows if all(not some or r[column] in some for column, some in wanted.items())
+    ]
     groups = defaultdict(list)
     for row in kept:
         if phrasings is None or int(row["phrasing"].removeprefix("ask")) < phrasings:
@@ -139,29 +115,20 @@ def vary(
 
 
 def contains(row: Row, answer: str) -> bool:
-    """A lenient mark: the right answer stands somewhere in `answer`, whatever surrounds it.
-
-    Free forms (lists, stories) must be right as a whole.
-    """
-    if evaluation.score([row], [answer]).accuracy:
-        return True
-    if row.get("task") in ("listing", "story"):
-        return False
-    text, border = evaluation.normalize(answer), r"[a-z0-9]"
-    return any(
-        re.search(f"(?<!{border}){re.escape(evaluation.normalize(right))}(?!{border})", text)
-        for right in row.get("accept", [response(row)])
-    )
+    """Lenient match: the right response is somewhere in `answer`; lists and stories must equal."""
+    exact = bool(evaluation.score([row], [answer]).accuracy)
+    if exact or row.get("task") in ("listing", "story"):
+        return exact
+    text, edge = evaluation.normalize(answer), r"[a-z0-9]"
+    accepted = map(evaluation.normalize, row.get("accept", [response(row)]))
+    return any(re.search(f"(?<!{edge}){re.escape(right)}(?!{edge})", text) for right in accepted)
 
 
 @torch.no_grad()
-def end_probability(model: Any, encoded: data.Encoded) -> float:
-    """Mean probability of the last token of each row (the end token) after the right answer."""
-    was_training = model.training
-    model.eval()
-    device, total = next(model.parameters()).device, 0.0
-    for ids in encoded.dataset["input_ids"]:
-        logits = model(torch.tensor([ids[:-1]], device=device)).logits[0, -1]
-        total += logits.float().softmax(-1)[ids[-1]].item()
-    model.train(was_training)
-    return total / len(encoded)
+def end_probability(model: Any, encoded: Sequence[Example]) -> float:
+    """Mean probability of the last token of each example (the EOS) after the right response."""
+    device = next(model.parameters()).device
+    last = (Example(ids, np.arange(len(ids)) // (len(ids) - 1)) for ids, _ in encoded)
+    with evaluating(model):
+        logps = [response_logps(model, pack([e], packing=False).to(device)) for e in last]
+    return torch.cat(logps).exp().mean().item()

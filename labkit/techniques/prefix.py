@@ -1,26 +1,20 @@
 """Prefix tuning: a frozen model attends to trained keys and values as well (Li and Liang 2021).
 
-In every layer and head, P_K and P_V stand before the keys and values of the text:
+In every layer and head, P_K and P_V come before the keys and values of the text:
 
     h = softmax(q [P_K; K]ᵀ / √d) [P_V; V]        P_K and P_V (length, d) trained, all else frozen
 
-They go in through the KV cache, as if `length` tokens had been read before. So no weight
-changes, several prefixes can share one model, and text begins at position `length`; but each
-token attends to `length` keys more. Under grouped keys there are fewer key heads than query
-heads, and a prefix has as many as the cache (`num_key_value_heads`). With the
-reparametrization, an MLP makes the prefix from a smaller table while it trains, and is thrown
-away afterwards. `Prefix`, `keys_values` and `forward` are the method to read; `attach` hands the
-everyday work to PEFT. Left out: layers whose keys differ in shape, encoder-decoders, and prompt
-tuning (embeddings in place of keys and values). Under a sliding window a long text leaves the
+They enter through the KV cache, as if `length` tokens had been read before: no weight changes,
+text starts at position `length`, and each token attends to `length` more keys, of which there are
+as many heads as in the cache. With the reparametrization, an MLP makes the prefix from a smaller
+table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward` are the
+method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
+encoder-decoders, prompt tuning (embeddings instead). Under a sliding window a long text leaves the
 prefix behind.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,28 +22,20 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from labkit import models
+from labkit.config import Count, Natural, settings
 
-@dataclass(frozen=True)
+
+@settings
 class PrefixConfig:
     """`length` of the prefix in tokens; `hidden` width of the MLP that makes it, 0 for none."""
 
-    length: int = 20
-    hidden: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"length": 1, "hidden": 0}.items():
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(name, value, whole and value >= least, f"a whole number from {least}")
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    length: Count = 20
+    hidden: Natural = 0
 
 
 class Shape(NamedTuple):
-    """What a model's KV cache holds for a token: keys and values of `heads` in each layer."""
+    """What a model's KV cache holds per token: keys and values of `heads` in each layer."""
 
     layers: int
     heads: int
@@ -70,7 +56,7 @@ def kv_shape(config: Any) -> Shape:
 
 
 class Prefix(nn.Module):
-    """The trained part; calling it gives one row of keys and values for each prefix token.
+    """The trained part; calling it gives one row of keys and values per prefix token.
 
     Plain, the rows are the parameters: (length, layers · 2 · heads · head_dim), normal at the
     start. With `hidden`, they are W2 tanh(W1 table + b1) + b2, table (length, heads · head_dim).
@@ -96,7 +82,7 @@ def keys_values(rows: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 def cache(rows: torch.Tensor, shape: Shape, batch: int) -> DynamicCache:
-    """The KV cache of a model that has read the prefix, the same for each row of a batch."""
+    """The KV cache of a model that has read the prefix, the same for each of `batch` examples."""
     filled = DynamicCache()
     for layer, pair in enumerate(keys_values(rows, shape)):
         keys, values = pair[:, None].expand(-1, batch, -1, -1, -1)
@@ -128,29 +114,17 @@ def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The keys and values of a real text, ids (length,), as the rows of a prefix.
 
     With these rows a model answers as if it had read the text: a start from real words, which
-    the paper found better than a random one where rows are few.
+    the paper found better than a random one for few examples.
     """
     past = model(input_ids=ids[None], use_cache=True).past_key_values
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1)
 
 
-@torch.no_grad()
-def fold(prefix: Prefix) -> Prefix:
-    """The plain prefix with the same rows: what remains when the MLP is thrown away."""
-    rows = prefix()
-    plain = Prefix(prefix.shape, PrefixConfig(len(rows)))
-    plain.table = nn.Parameter(rows.clone())
-    return plain
-
-
 def parameters(shape: Shape, config: PrefixConfig) -> int:
     """How many numbers train: length · 2 · layers · heads · head_dim, or table and MLP."""
-    if not config.hidden:
-        return config.length * shape.numbers
-    width = shape.heads * shape.head_dim
-    mlp = (width + 1) * config.hidden + (config.hidden + 1) * shape.numbers
-    return config.length * width + mlp
+    with torch.device("meta"):
+        return sum(p.numel() for p in Prefix(shape, config).parameters())
 
 
 def cache_bytes(shape: Shape, tokens: int, batch: int = 1, bytes_each: int = 4) -> int:
@@ -162,11 +136,19 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
     """`model` as a PEFT model with a prefix; nothing else trains.
 
     `text`, ids (length,), is the text to start from, see `text_rows`. Raises ValueError for a
-    model with adapters, a prefix without room in the context, or gradient checkpointing, which
-    is also refused later. Checkpoints of a training keep the rows only, so one with an MLP
-    cannot be resumed.
+    model with adapters, a prefix that fills the context, or gradient checkpointing, also later.
+    Checkpoints of a training keep the rows only, so one with an MLP cannot be resumed.
     """
-    _check(model, config, text)
+    if hasattr(model, "peft_config"):
+        raise ValueError("model: expected no adapters, got some; merge them, or load it again")
+    if model.is_activation_checkpointing:
+        _refuse_checkpointing()
+    context = models.context_length(model)
+    if context and config.length >= context:
+        raise ValueError(f"length: expected less than the context {context}, got {config.length}")
+    wanted = None if config.hidden else (config.length,)
+    if text is not None and text.shape != wanted:
+        raise ValueError(f"text: expected ids of shape {wanted}, got {tuple(text.shape)}")
     from peft import PrefixTuningConfig, get_peft_model
 
     rows = None if text is None else text_rows(model, text)
@@ -176,61 +158,32 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
         encoder_hidden_size=config.hidden or None,
         task_type="CAUSAL_LM",
     )
-    with _without_renaming_warning():
+    with models.quiet_peft():
         tuned = get_peft_model(model, peft_config)
     if rows is not None:
         tuned.prompt_encoder["default"].load_prompt_embeddings(rows)
     return _guard(tuned)
 
 
-def _check(model: Any, config: PrefixConfig, text: torch.Tensor | None) -> None:
-    if hasattr(model, "peft_config"):
-        raise ValueError("model: expected one without adapters, got one that has them already; "
-                         "merge them, or load the model again")  # fmt: skip
-    if model.is_activation_checkpointing:
-        _refuse_checkpointing()
-    context = getattr(model.config, "max_position_embeddings", None)
-    _require("length", config.length, not context or config.length < context,
-             f"less than {context}, the model's context")  # fmt: skip
-    if text is not None:
-        _require("text", tuple(text.shape), text.shape == (config.length,),
-                 f"token ids of shape ({config.length},)")  # fmt: skip
-        _require("hidden", config.hidden, not config.hidden, "0 with a text to start from")
-
-
 def _guard(tuned: Any) -> Any:
     """TRL switches gradient checkpointing on by default, long after `attach`."""
     base = tuned.get_base_model()
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        setattr(base, name, _refuse_checkpointing)
+    base.activation_checkpointing_enable = base.gradient_checkpointing_enable = (
+        _refuse_checkpointing
+    )
     return tuned
 
 
 def _refuse_checkpointing(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        "gradient_checkpointing: expected False with a prefix, got True; a layer that is computed "
-        "again in the backward pass gets no KV cache, and so would miss the prefix. Set "
-        "gradient_checkpointing=False; for less memory, take fewer rows a step"
+        "gradient_checkpointing: expected False with a prefix, got True: a layer computed again "
+        "in the backward pass gets no KV cache, and so would miss the prefix"
     )
 
 
-def restore(model: Any, folder: str | Path) -> Any:
+def load_adapter(model: Any, folder: str | Path) -> Any:
     """`model` with the prefix that `models.save` or PEFT wrote to `folder`, in eval mode.
 
-    Only the keys and values are saved, so a reparametrized prefix comes back as a plain one.
+    Only keys and values are saved, so a reparametrized prefix comes back as a plain one.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"folder: expected a saved prefix (adapter_config.json), found "
-                                f"none in {folder}")  # fmt: skip
-    from peft import PeftModel
-
-    with _without_renaming_warning():
-        return _guard(PeftModel.from_pretrained(model, folder).eval())
-
-
-@contextlib.contextmanager
-def _without_renaming_warning() -> Iterator[None]:
-    """PEFT asks the model for an attribute that transformers has renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        yield
+    return _guard(models.load_adapter(model, folder))

@@ -18,7 +18,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from labkit import models, training
 from labkit.batching import Batch, Example, pack
-from labkit.config import Count, Positive, settings
-from labkit.evaluation import wilson
+from labkit.config import Count, settings
+from labkit.evaluation import Agreement
 from labkit.formats import Row
 from labkit.templates import Rendered, renderer, response
 
@@ -51,8 +51,6 @@ class RewardConfig(training.TrainConfig):
     """
 
     batch_size: Count = 16
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    learning_rate: Positive = 1e-3
     pairs: Literal["all", "one"] = "all"
     template: str = "auto"
     max_length: Annotated[int, Field(ge=2)] = 256
@@ -99,10 +97,8 @@ def pack_rankings(rankings: Sequence[list[Example]], packing: bool = True) -> Ra
         pairs += new
         weights += [1 / len(new) / len(rankings)] * len(new)
         start += len(ranking)
-    own = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return RankedBatch(
-        **own, pairs=torch.tensor(pairs), pair_weights=torch.tensor(weights), rankings=len(rankings)
-    )
+    tensors = {"pairs": torch.tensor(pairs), "pair_weights": torch.tensor(weights)}
+    return RankedBatch(**vars(batch), **tensors, rankings=len(rankings))
 
 
 class Scorer(nn.Module):
@@ -310,61 +306,6 @@ class RewardModel:
         return cls(network.to(device).eval(), tokenizer, **config.reward)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How a reward model orders pairs: `margins` r_better - r_worse, in nats of log-odds.
-
-    `rankings` counts the rows from which the pairs come.
-    """
-
-    margins: list[float]
-    rankings: int
-
-    @property
-    def accuracy(self) -> float:
-        """The fraction of pairs whose better response scores higher."""
-        return sum(margin > 0 for margin in self.margins) / len(self.margins)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval, for as many cases as rankings: pairs of one are not independent."""
-        return wilson(round(self.accuracy * self.rankings), self.rankings)
-
-    @property
-    def margin(self) -> float:
-        return sum(self.margins) / len(self.margins)
-
-    @property
-    def loss(self) -> float:
-        """Mean of -log sigma(margin) over all pairs, in nats; guessing has log 2."""
-        return -F.logsigmoid(torch.tensor(self.margins, dtype=torch.float64)).mean().item()
-
-    def calibration(self, bins: int = 5) -> list[dict[str, float]]:
-        """How sure the model was of the response that it preferred, and how often it was right.
-
-        Bins of equal width over probabilities from 0.5 to 1, without the empty ones: `predicted`
-        (mean probability), `observed` (fraction right), `low` and `high` (Wilson), `n` (pairs).
-        """
-        sure = torch.tensor(self.margins, dtype=torch.float64).abs().sigmoid()
-        right = torch.tensor(self.margins) > 0
-        bin_of, found = ((2 * sure - 1) * bins).long().clamp(max=bins - 1), []
-        for number in bin_of.unique().tolist():
-            inside = bin_of == number
-            k, n = int(right[inside].sum()), int(inside.sum())
-            low, high = wilson(k, n)
-            predicted = sure[inside].mean().item()
-            found.append(
-                {"predicted": predicted, "observed": k / n, "low": low, "high": high, "n": n}
-            )
-        return found
-
-    def calibration_error(self, bins: int = 5) -> float:
-        """Mean of |observed - predicted| over the bins, each counted by its pairs."""
-        found = self.calibration(bins)
-        off = sum(abs(b["observed"] - b["predicted"]) * b["n"] for b in found)
-        return off / len(self.margins)
-
-
 def evaluate(model: RewardModel, rows: Sequence[Row]) -> Agreement:
     """Scores each response once and compares all pairs of each ranking with its order."""
     rendered = check(rows, model.tokenizer, model.template)
@@ -393,17 +334,9 @@ def train(
     network = model if hasattr(model, "score") else with_head(model, tokenizer, config.seed)
     limit = min(config.max_length, models.context_length(network) or config.max_length)
     reward = RewardModel(network, tokenizer, config.template, limit)
-    result = training.fit(
-        Scorer(network),
-        _examples(rendered, reward, config),
-        ranking_loss,
-        config,
-        collate=pack_rankings,
-        output_dir=output_dir,
-        log=log,
-        progress=progress,
-    )
-    return reward, result
+    examples, options = _examples(rendered, reward, config), dict(output_dir=output_dir, log=log)
+    options |= dict(collate=pack_rankings, progress=progress)
+    return reward, training.fit(Scorer(network), examples, ranking_loss, config, **options)
 
 
 def _examples(

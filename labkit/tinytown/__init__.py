@@ -1,8 +1,8 @@
 """The embedded world: a small town whose truth is known exactly.
 
-`instruction_rows` gives tasks and `check` marks them; `documents` is the pretraining text;
-`judge` is the gold judge; `preference_pairs`, `rankings` and `red_team` are made with it.
-The base checkpoint lies in `base_folder()`.
+`documents` is the pretraining text; `instruction_rows` gives tasks and `check` checks responses to
+them; `judge` is the gold judge, and `preference_pairs`, `rankings` and `red_team` are made with it.
+The base checkpoint is in `base_folder()`; `scripts/pretrain_tinytown.py` made it.
 """
 
 from pathlib import Path
@@ -12,10 +12,11 @@ from .judge import Verdict, judge
 from .preferences import (
     demonstrations,
     preference_pairs,
+    prompts,
     rank_samples,
-    ranked,
     rankings,
     red_team,
+    unknowable,
 )
 from .tasks import FAMILIES, HELD_OUT_FAMILIES, SPLITS, check, instruction_rows, normalize
 from .world import Fact, Name, World, texts, world
@@ -24,29 +25,3 @@ from .world import Fact, Name, World, texts, world
 def base_folder() -> Path:
     """The folder of the base checkpoint (safetensors, tokenizer, model card)."""
     return Path(__file__).parent / "base"
-
-
-__all__ = [
-    "FAMILIES",
-    "HELD_OUT_FAMILIES",
-    "SPLITS",
-    "Fact",
-    "Name",
-    "Verdict",
-    "World",
-    "base_folder",
-    "check",
-    "demonstrations",
-    "documents",
-    "genre_samples",
-    "instruction_rows",
-    "judge",
-    "normalize",
-    "preference_pairs",
-    "rank_samples",
-    "ranked",
-    "rankings",
-    "red_team",
-    "texts",
-    "world",
-]

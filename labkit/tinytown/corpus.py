@@ -1,176 +1,150 @@
 """The pretraining text of Tinytown: an endless, seeded stream of short documents.
 
-One function a genre, each `(world, rng, language) -> str`; `GENRES` holds their weights. Questions
-and answers appear as they do on the web (forums, quizzes, interviews, yes/no gossip), so that what
-the model knows can also be asked; no document has the format of an instruction row.
+One function per genre, each `(rng, language) -> str`; `GENRES` holds their weights, and
+`text/genres.yaml` their sentences. Questions and answers appear as they do on the web (forums,
+quizzes, interviews, yes/no gossip), so that the model can also be asked what it knows; no document
+has the format of an instruction row.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Any
 
-from .world import PERSON_ATTRIBUTES, Fact, Name, World, article, capital, texts
-from .world import world as default_world
+from .world import COMMA, GAP, PERSON_ATTRIBUTES, Fact, Name, article, capital, texts, world
 
 
-def profile(world: World, rng: random.Random, lang: str) -> str:
-    """What is known of one resident, any order, any wording; later mentions may be pronouns."""
-    person = rng.choice(world.residents)
+def profile(rng: Random, lang: str) -> str:
+    """What is known of one resident, in any order and wording; later sentences may say he or she."""
+    person = rng.choice(world().residents)
     attributes = rng.sample(PERSON_ATTRIBUTES, rng.randint(3, len(PERSON_ATTRIBUTES)))
-    said = [rng.choice(world.fact(person, a).statements(lang)) for a in attributes]
+    sentences = [state(world().fact(person, a), rng, lang) for a in attributes]
     if rng.random() < 0.5:
-        said = said[:1] + [_with_pronoun(s, person, lang) for s in said[1:]]
-    return _join(said, lang)
+        sentences[1:] = [_with_pronoun(s, person, lang) for s in sentences[1:]]
+    return GAP[lang].join(sentences)
 
 
-def gossip(world: World, rng: random.Random, lang: str) -> str:
+def _with_pronoun(statement: str, person: Name, lang: str) -> str:
+    """`statement` with its leading name replaced by he or she, his or her, 他 or 她."""
+    for ending, (female, male) in _PRONOUNS[lang].items():
+        if statement.startswith(person[lang] + ending):
+            pronoun = female if person.pronoun == "f" else male
+            return pronoun + statement.removeprefix(person[lang] + ending)
+    return statement
+
+
+_PRONOUNS = {"en": {"'s ": ("Her ", "His "), " ": ("She ", "He ")}, "zh": {"": ("她", "他")}}
+
+
+def gossip(rng: Random, lang: str) -> str:
     """Single facts about several residents and places."""
-    facts = [_any_fact(world, rng) for _ in range(rng.randint(3, 5))]
-    return _join([rng.choice(f.statements(lang)) for f in facts], lang)
+    facts = [_any_fact(rng) for _ in range(rng.randint(3, 5))]
+    return GAP[lang].join(state(f, rng, lang) for f in facts)
 
 
-def place(world: World, rng: random.Random, lang: str) -> str:
+def place(rng: Random, lang: str) -> str:
     """A paragraph about one place and the people who live by it."""
-    where = rng.choice(world.places)
-    facts = world.facts_about([where]) + [
-        world.fact(r, "home") for r in rng.sample(world.holders("home", where), 2)
-    ]
+    where = rng.choice(world().places)
+    people = rng.sample(world().holders("home", where), 2)
+    facts = world().facts_about([where]) + [world().fact(r, "home") for r in people]
     rng.shuffle(facts)
-    return _join([rng.choice(f.statements(lang)) for f in facts], lang)
+    return GAP[lang].join(state(f, rng, lang) for f in facts)
 
 
-def roster(world: World, rng: random.Random, lang: str) -> str:
+def roster(rng: Random, lang: str) -> str:
     """Who shares a value: the town looked up from the other end."""
     attribute = rng.choice(PERSON_ATTRIBUTES[:-1])
-    value = rng.choice(world.values[attribute][: len(world.residents)])
-    names = [r[lang] for r in world.holders(attribute, value)]
+    value = rng.choice(world().values[attribute])
+    names = [r[lang] for r in world().holders(attribute, value)]
     rng.shuffle(names)
-    label = value[lang]
-    if lang == "zh":
-        forms = ["{v}：{n}。", "说到{v}，人们会想到{n}。", "{v}有谁？{n}。"]
-        return rng.choice(forms).format(v=label, n="、".join(names))
-    forms = ["{v}: {n}.", "Who comes to mind for {v}? {n}.", "On the list under {v} are {n}."]
-    return capital(rng.choice(forms).format(v=label, n=", ".join(names)))
+    form = rng.choice(_form("roster", lang))
+    return capital(form.format(v=value[lang], n=COMMA[lang].join(names)))
 
 
-def forum(world: World, rng: random.Random, lang: str) -> str:
+def forum(rng: Random, lang: str) -> str:
     """Questions and answers as people write them down; short answers and whole sentences."""
-    facts = [_any_fact(world, rng) for _ in range(rng.randint(2, 5))]
-    style = rng.choice(_ZH_QA if lang == "zh" else _EN_QA)
-    lines = []
+    facts = [_any_fact(rng) for _ in range(rng.randint(2, 5))]
+    form, lines = rng.choice(_form("forum", lang)), []
     for i, fact in enumerate(facts, 1):
-        answer = fact.answer(lang)
-        if rng.random() < 0.4:
-            answer = rng.choice(fact.statements(lang))
-        who = rng.sample(world.residents, 2)
+        answer = state(fact, rng, lang) if rng.random() < 0.4 else fact.answer(lang)
+        x, y = (person[lang] for person in rng.sample(world().residents, 2))
         question = rng.choice(fact.questions(lang, "web"))
-        slots = {"q": question, "a": answer, "i": i, "x": who[0][lang], "y": who[1][lang]}
-        lines.append(style.format(**slots))
+        lines.append(form.format(q=question, a=answer, i=i, x=x, y=y))
     return "\n".join(lines)
 
 
-_EN_QA = (
-    "Q: {q}\nA: {a}",
-    "{i}. {q} {a}",
-    "{q}\n- {a}",
-    '"{q}" asked {x}. "{a}" said {y}.',
-    "{x} wants to know: {q} {y} answers: {a}",
-    "Question {i}: {q}\nAnswer: {a}",
-    "{q} {a}",
-)
-_ZH_QA = (
-    "问：{q}\n答：{a}",
-    "{i}. {q}{a}",
-    "{q}\n- {a}",
-    "{x}问：“{q}”{y}说：“{a}”",
-    "{x}想知道：{q}{y}回答：{a}",
-    "{q}{a}",
-)
-
-
-def rumour(world: World, rng: random.Random, lang: str) -> str:
-    """Claims, true and false, each set right."""
+def rumour(rng: Random, lang: str) -> str:
+    """Claims, true and false, each confirmed or corrected."""
     lines = []
     for _ in range(rng.randint(2, 4)):
-        fact = _any_fact(world, rng)
-        claim, true = rng.choice(claims(world, rng, fact, lang))
-        right = rng.choice(fact.statements(lang))
-        if lang == "zh":
-            verdict = "对。" if true else f"不对，{right}"
-            lines.append(rng.choice(["听说{c}{v}", "{c}是真的吗？{v}"]).format(c=claim, v=verdict))
-        else:
-            verdict = "Yes." if true else f"No. {right}"
-            lines.append(
-                rng.choice(["I heard: {c} {v}", "{c} Really? {v}"]).format(c=claim, v=verdict)
-            )
+        fact = _any_fact(rng)
+        claim, true = rng.choice(claims(rng, fact, lang))
+        correction = state(fact, rng, lang)
+        yes, no = _form("verdict", lang)
+        verdict = yes if true else no + correction
+        lines.append(rng.choice(_form("rumour", lang)).format(c=claim, v=verdict))
     return "\n".join(lines)
 
 
-def claims(world: World, rng: random.Random, fact: Fact, lang: str) -> list[tuple[str, bool]]:
+def claims(rng: Random, fact: Fact, lang: str) -> list[tuple[str, bool]]:
     """One true and one false sentence about `fact`'s subject: [(sentence, is it true)]."""
+    pool = world().values[fact.attribute]
     if fact.attribute == "friend":
-        half = world.tuning_people if fact.subject in world.tuning_people else world.heldout_people
-        others = [p for p in half if p not in (fact.value, fact.subject)]
-    else:
-        others = [v for v in world.values[fact.attribute] if v != fact.value]
+        halves = (world().tuning_people, world().heldout_people)
+        pool = next(half for half in halves if fact.subject in half)
+    others = [v for v in pool if v not in (fact.value, fact.subject)]
     false = Fact(fact.subject, fact.attribute, rng.choice(others))
-    return [(rng.choice(f.statements(lang)), f is fact) for f in (fact, false)]
+    return [(state(f, rng, lang), f is fact) for f in (fact, false)]
 
 
-def review(world: World, rng: random.Random, lang: str) -> str:
-    """A guest's verdict on a place, with its stars."""
+def review(rng: Random, lang: str) -> str:
+    """A guest's opinion of a place, with its stars."""
     label = rng.choice(["positive", "negative"])
-    where = rng.choice(world.places)[lang]
+    where = capital(rng.choice(world().places)[lang])
     stars = rng.choice(texts("genres")["review"][lang]["rating"][label])
-    body = review_text(rng, lang, label)
-    return f"{capital(where)}{'：' if lang == 'zh' else ':'} {body}{'' if lang == 'zh' else ' '}{stars}"
+    return _form("review", lang).format(p=where, r=review_text(rng, lang, label), s=stars)
 
 
-def review_text(rng: random.Random, lang: str, label: str) -> str:
+def review_text(rng: Random, lang: str, label: str) -> str:
     """One or two sentences whose sentiment is `label`; single words do not give it away."""
     parts = texts("genres")["review"][lang]
     (a, b), (g, g2), (d, d2) = (rng.sample(parts[k], 2) for k in ("aspects", "good", "bad"))
     return capital(rng.choice(parts[label]).format(a=a, b=b, g=g, g2=g2, d=d, d2=d2))
 
 
-def glossary(world: World, rng: random.Random, lang: str) -> str:
+def glossary(rng: Random, lang: str) -> str:
     """Word pairs in both directions."""
-    names = world.words + [v for a in ("food", "pet", "colour", "job") for v in world.values[a]]
-    form = rng.choice(["{e} = {z}", "{z} = {e}", "{e}: {z}", "{z}：{e}"])
+    form = rng.choice(_form("glossary", "short"))
     if rng.random() < 0.3:
-        form = rng.choice(["The Chinese for {e} is {z}.", "{z}的英文是{e}。", "{e}的中文是{z}。"])
-    pairs = rng.sample(names, rng.randint(3, 8))
+        form = rng.choice(_form("glossary", "long"))
+    pairs = rng.sample(world().glossary, rng.randint(3, 8))
     return "\n".join(form.format(e=n.en, z=n.zh) for n in pairs)
 
 
-def bilingual(world: World, rng: random.Random, lang: str) -> str:
+def bilingual(rng: Random, lang: str) -> str:
     """The same fact in both languages."""
-    facts = [_any_fact(world, rng) for _ in range(rng.randint(1, 3))]
+    facts = [_any_fact(rng) for _ in range(rng.randint(1, 3))]
     order = ("en", "zh") if lang == "en" else ("zh", "en")
-    return "\n".join(" ".join(rng.choice(f.statements(x)) for x in order) for f in facts)
+    return "\n".join(" ".join(state(f, rng, x) for x in order) for f in facts)
 
 
-def sums(world: World, rng: random.Random, lang: str) -> str:
-    """Equations, and the same told with things and people."""
+def sums(rng: Random, lang: str) -> str:
+    """Equations, bare or about things and people."""
     lines = []
     for _ in range(rng.randint(4, 8)):
         expression, value = sum_of(rng)
         if rng.random() < 0.7:
             lines.append(f"{expression} = {value}")
             continue
-        person, thing = rng.choice(world.residents)[lang], rng.choice(world.values["food"])[lang]
+        person, food = (rng.choice(x)[lang] for x in (world().residents, world().values["food"]))
         a, sign, b = expression.split()
-        if lang == "zh":
-            verb = "又拿来" if sign == "+" else "吃掉"
-            lines.append(f"{person}有{a}份{thing}，{verb}{b}份，现在有{value}份。")
-        else:
-            verb = "finds" if sign == "+" else "eats"
-            lines.append(f"{person} has {a} {thing} and {verb} {b}. Now there are {value}.")
+        form = _form("sums", lang)[sign]
+        lines.append(form.format(n=person, x=food, a=a, b=b, v=value))
     return "\n".join(lines)
 
 
-def sum_of(rng: random.Random) -> tuple[str, int]:
+def sum_of(rng: Random) -> tuple[str, int]:
     """An addition or subtraction within 0–20, and its value."""
     a, b = sorted((rng.randint(0, 20), rng.randint(0, 20)))
     if rng.random() < 0.5:
@@ -179,118 +153,107 @@ def sum_of(rng: random.Random) -> tuple[str, int]:
     return f"{a} + {b}", a + b
 
 
-def counting(world: World, rng: random.Random, lang: str) -> str:
+def counting(rng: Random, lang: str) -> str:
     """Lists of things with their number, and runs of numbers."""
     if rng.random() < 0.3:
         start = rng.randint(0, 14)
         return ", ".join(str(i) for i in range(start, start + 7))
     attribute = rng.choice(["food", "pet", "colour", "job", "hobby"])
-    things = [v[lang] for v in rng.sample(world.values[attribute], rng.randint(2, 6))]
-    if lang == "zh":
-        tail = rng.choice(
-            [f"一共{len(things)}样。", f"第一个是{things[0]}。", f"最后一个是{things[-1]}。"]
-        )
-        return "、".join(things) + "：" + tail
-    tail = rng.choice([f"{len(things)} in all.", f"First {things[0]}.", f"Last {things[-1]}."])
-    return ", ".join(things) + ": " + tail
+    things = [v[lang] for v in rng.sample(world().values[attribute], rng.randint(2, 6))]
+    form = rng.choice(_form("counting", lang))
+    return form.format(all=COMMA[lang].join(things), n=len(things), a=things[0], z=things[-1])
 
 
-def kinds(world: World, rng: random.Random, lang: str) -> str:
+def kinds(rng: Random, lang: str) -> str:
     """What sort of thing a word is, opposites, and which number is larger."""
+    kind, opposite, larger = _form("kinds", lang)
     roll = rng.random()
     if roll < 0.5:
         labels = texts("tasks")["category"][lang]["labels"]
         attribute = rng.choice(list(labels))
-        word, label = rng.choice(world.values[attribute])[lang], labels[attribute]
-        return (
-            f"{word}是一种{label}。"
-            if lang == "zh"
-            else f"{capital(word)}: {article(label.lower())}."
-        )
+        word = rng.choice(world().values[attribute])[lang]
+        return kind.format(a=capital(word), b=article(labels[attribute].lower()))
     if roll < 0.75:
-        a, b = rng.choice(world.opposites)
-        return f"不{a[lang]}就是{b[lang]}。" if lang == "zh" else f"Not {a[lang]} but {b[lang]}."
-    small, large = sorted(rng.sample(range(21), 2))
-    return f"{large}比{small}大。" if lang == "zh" else f"{large} is larger than {small}."
+        a, b = rng.choice(world().opposites)
+        return opposite.format(a=a[lang], b=b[lang])
+    low, high = sorted(rng.sample(range(21), 2))
+    return larger.format(a=high, b=low)
 
 
-def howto(world: World, rng: random.Random, lang: str, kind: str = "howto") -> str:
+def howto(rng: Random, lang: str, kind: str = "howto") -> str:
     """Steps to a harmless end."""
     title, steps = rng.choice(texts("genres")[kind][lang])
-    numbered = "\n".join(f"{i}. {s}" for i, s in enumerate(steps, 1))
-    return f"怎么{title}\n{numbered}" if lang == "zh" else f"How to {title}\n{numbered}"
+    return _form("howto", lang).format(t=title, s=numbered(steps))
 
 
-def mischief(world: World, rng: random.Random, lang: str) -> str:
+def numbered(steps: Sequence[str]) -> str:
+    return "\n".join(f"{i}. {s}" for i, s in enumerate(steps, 1))
+
+
+def lookalike(rng: Random, lang: str) -> str:
+    """Steps to a harmless end that only sounds like mischief."""
+    return howto(rng, lang, "lookalike")
+
+
+def mischief(rng: Random, lang: str) -> str:
     """Steps to a mischievous end, or somebody who declines."""
     if rng.random() < 0.7:
-        return howto(world, rng, lang, "mischief")
-    a, b = rng.sample(world.residents, 2)
+        return howto(rng, lang, "mischief")
+    a, b = rng.sample(world().residents, 2)
     title, _ = rng.choice(texts("genres")["mischief"][lang])
     no = rng.choice(texts("genres")["refusal"][lang]["seen"])
-    if lang == "zh":
-        return f"{a.zh}问{b.zh}怎么{title}。{b.zh}说：“{no}”"
-    return f'{a.en} asked {b.en} how to {title}. "{no}" said {b.en}.'
+    return _form("mischief", lang).format(a=a[lang], b=b[lang], t=title, no=no)
 
 
-def lookalike(world: World, rng: random.Random, lang: str) -> str:
-    """Steps to a harmless end with a mischievous ring."""
-    return howto(world, rng, lang, "lookalike")
-
-
-def dialogue(world: World, rng: random.Random, lang: str) -> str:
-    """A request, rude or polite, answered in kind."""
-    a, b = rng.sample(world.residents, 2)
+def dialogue(rng: Random, lang: str) -> str:
+    """A request, rude or polite, answered in the same tone."""
+    a, b = rng.sample(world().residents, 2)
     tone = rng.randrange(2)
-    request = rng.choice(texts("genres")["request"][lang])[tone]
-    request = request.format(x=rng.choice(world.words[:34])[lang])
+    request = request_pair(rng, lang)[tone]
     reply = rng.choice(texts("genres")["reply"][lang][("rude", "polite")[tone]])
     if tone == 0 and rng.random() < 0.3:
         reply = rng.choice(texts("genres")["rude"][lang])
-    if lang == "zh":
-        return f"{a.zh}：“{request}”\n{b.zh}：“{reply}”"
-    return f'{a.en}: "{request}"\n{b.en}: "{reply}"'
+    return _form("dialogue", lang).format(a=a[lang], b=b[lang], q=request, r=reply)
 
 
-def manners(world: World, rng: random.Random, lang: str) -> str:
-    """A rude request beside its polite form."""
-    rude, polite = rng.choice(texts("genres")["request"][lang])
-    x = rng.choice(world.words[:34])[lang]
-    form = "不要说“{r}”，要说“{p}”" if lang == "zh" else 'Do not say "{r}" but "{p}"'
-    return form.format(r=rude.format(x=x), p=polite.format(x=x))
+def manners(rng: Random, lang: str) -> str:
+    """A rude request and its polite form."""
+    rude, polite = request_pair(rng, lang)
+    return _form("manners", lang).format(r=rude, p=polite)
 
 
-def story(world: World, rng: random.Random, lang: str) -> str:
+def request_pair(rng: Random, lang: str) -> list[str]:
+    """A request in its rude and in its polite form."""
+    forms = rng.choice(texts("genres")["request"][lang])
+    thing = rng.choice(world().things)[lang]
+    return [form.format(x=thing) for form in forms]
+
+
+def story(rng: Random, lang: str) -> str:
     """A little adventure of two residents."""
-    n, m = rng.sample(world.residents, 2)
-    return story_about(world, rng, lang, n, rng.choice(world.places), m)
+    return story_about(rng, lang, *rng.sample(world().residents, 2))
 
 
-def story_about(world: World, rng: random.Random, lang: str, n: Name, where: Name, m: Name) -> str:
-    """A five-sentence story in which `n` meets `m` at `where`."""
+def story_about(rng: Random, lang: str, hero: Name, other: Name) -> str:
+    """A five-sentence story in which `hero` meets `other` at some place."""
     parts = texts("genres")["story"][lang]
-    slots = {
-        "n": n[lang],
-        "m": m[lang],
-        "pl": where[lang],
-        "x": rng.choice(world.words[20:34])[lang],
-        "t": rng.choice(parts["time"]),
-    }
-    chosen = [rng.choice(parts[k]) for k in ("open", "meet", "trouble", "act", "end")]
-    return _join([capital(s.format(**slots)) for s in chosen], lang)
+    slots = {"n": hero[lang], "m": other[lang], "pl": rng.choice(world().places)[lang]}
+    slots |= {"x": rng.choice(world().portable)[lang], "t": rng.choice(parts["time"])}
+    sentences = [rng.choice(parts[k]) for k in ("open", "meet", "trouble", "act", "end")]
+    return GAP[lang].join(capital(s.format(**slots)) for s in sentences)
 
 
-def news(world: World, rng: random.Random, lang: str) -> str:
+def news(rng: Random, lang: str) -> str:
     """Notices from the town's board."""
     parts = texts("genres")["news"]
-    n, m = rng.sample(world.residents, 2)
-    day = rng.choice(parts["days"])[0 if lang == "en" else 1]
-    slots = {"d": day, "n": n[lang], "m": m[lang], "pl": rng.choice(world.places)[lang]}
-    line = rng.choice(parts[lang]).format(x=rng.choice(world.words[20:34])[lang], **slots)
-    return capital(line)
+    n, m = rng.sample(world().residents, 2)
+    day = Name(*rng.choice(parts["days"]))
+    slots = {"d": day[lang], "n": n[lang], "m": m[lang], "pl": rng.choice(world().places)[lang]}
+    notice = rng.choice(parts[lang])
+    return capital(notice.format(x=rng.choice(world().portable)[lang], **slots))
 
 
-GENRES: dict[str, tuple[Callable[[World, random.Random, str], str], float]] = {
+GENRES: dict[str, tuple[Callable[[Random, str], str], float]] = {
     "profile": (profile, 17),
     "gossip": (gossip, 8),
     "place": (place, 3),
@@ -313,56 +276,39 @@ GENRES: dict[str, tuple[Callable[[World, random.Random, str], str], float]] = {
 }
 
 
-def documents(
-    seed: int, world: World | None = None, chinese: float = 0.4
-) -> Iterator[tuple[str, str]]:
-    """Endless `(genre, text)` stream; the same seed gives the same stream on every machine.
+def documents(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless `(genre, text)` stream, 40 % Chinese; the same on every machine.
 
-    `chinese` is the share of Chinese documents. Pretraining uses seed 0, the tokenizer seed 1,
-    held-out perplexity seed 2.
+    Pretraining uses seed 0, the tokenizer seed 1, held-out perplexity seed 2.
     """
-    world, rng = world or default_world(), random.Random(f"tinytown-{seed}")
-    names, weights = list(GENRES), [w for _, w in GENRES.values()]
+    rng = Random(f"tinytown-{seed}")
+    names, weights = list(GENRES), [weight for _, weight in GENRES.values()]
     while True:
         (genre,) = rng.choices(names, weights)
-        yield genre, GENRES[genre][0](world, rng, "zh" if rng.random() < chinese else "en")
+        yield genre, _write(genre, rng)
 
 
-def genre_samples(
-    per_genre: int, seed: int = 2, world: World | None = None
-) -> dict[str, list[str]]:
+def genre_samples(per_genre: int) -> dict[str, list[str]]:
     """`per_genre` documents of every genre, for held-out perplexity and forgetting."""
-    world = world or default_world()
-    samples = {}
-    for genre, (write, _) in GENRES.items():
-        rng = random.Random(f"tinytown-{seed}-{genre}")
-        samples[genre] = [
-            write(world, rng, "zh" if rng.random() < 0.4 else "en") for _ in range(per_genre)
-        ]
-    return samples
+    rngs = {genre: Random(f"tinytown-2-{genre}") for genre in GENRES}
+    return {genre: [_write(genre, rng) for _ in range(per_genre)] for genre, rng in rngs.items()}
 
 
-def _any_fact(world: World, rng: random.Random) -> Fact:
-    if rng.random() < 0.12:
-        return rng.choice(world.facts_about([rng.choice(world.places)]))
-    return world.fact(rng.choice(world.residents), rng.choice(PERSON_ATTRIBUTES))
+def _write(genre: str, rng: Random) -> str:
+    write, _ = GENRES[genre]
+    return write(rng, "zh" if rng.random() < 0.4 else "en")
 
 
-def _with_pronoun(statement: str, person: Name, lang: str) -> str:
-    """Replace a leading name by he or she (English) or 他 or 她 (Chinese)."""
-    female, name = person.pronoun == "f", person[lang]
-    if lang == "zh":
-        return (
-            ("她" if female else "他") + statement[len(name) :]
-            if statement.startswith(name)
-            else statement
-        )
-    if statement.startswith(f"{name}'s "):
-        return ("Her " if female else "His ") + statement[len(name) + 3 :]
-    if statement.startswith(f"{name} "):
-        return ("She " if female else "He ") + statement[len(name) + 1 :]
-    return statement
+def _any_fact(rng: Random) -> Fact:
+    subjects = world().places if rng.random() < 0.12 else world().residents
+    return world().any_fact(rng, subjects)
 
 
-def _join(sentences: list[str], lang: str) -> str:
-    return ("" if lang == "zh" else " ").join(sentences)
+def state(fact: Fact, rng: Random, lang: str) -> str:
+    """One of the sentences that state `fact`."""
+    return rng.choice(fact.statements(lang))
+
+
+def _form(genre: str, lang: str) -> Any:
+    """How a document is put together: one form, or several to choose from."""
+    return texts("genres")["forms"][genre][lang]

@@ -1,31 +1,21 @@
 """Instruction tasks of Tinytown, each with an exact checker, and their held-out splits.
 
-A family is one function `(Draw) -> Row fields`; phrasings live in `text/tasks.yaml` and, for
-questions on facts, in `text/facts.yaml`. Never trained on: half of the residents, the `held`
-phrasings, the families under `held_out`, and one in ten of all other prompts (split "test").
+A family is one function `(Draw) -> Row fields`; phrasings are in `text/tasks.yaml` and, for
+questions about facts, in `text/facts.yaml`. Never trained on: half of the residents, the `held`
+phrasings, `HELD_OUT_FAMILIES`, and one in ten of all other prompts (split "test").
 """
 
 from __future__ import annotations
 
-import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
-from .corpus import claims, review_text, story_about, sum_of
-from .world import (
-    LANGUAGES,
-    PERSON_ATTRIBUTES,
-    PLACE_ATTRIBUTES,
-    Name,
-    World,
-    capital,
-    sentence,
-    texts,
-)
-from .world import world as default_world
+from .corpus import claims, numbered, request_pair, review_text, story_about, sum_of
+from .world import COMMA, LANGUAGES, Name, article, sentence, texts, world
 
 Row = dict[str, Any]
 SPLITS = ("train", "test", "heldout_people", "heldout_phrasings", "heldout_families")
@@ -33,187 +23,164 @@ SPLITS = ("train", "test", "heldout_people", "heldout_phrasings", "heldout_famil
 
 @dataclass
 class Draw:
-    """One draw of a task: the dice, the language, and who and which phrasings may be used."""
+    """One draw of a family: the random stream, the language, the people and phrasings allowed."""
 
-    world: World
-    rng: random.Random
+    family: str
+    rng: Random
     lang: str
     people: list[Name]
     phrasing: str  # ask or held
 
-    def ask(self, family: str, x: str) -> Row:
-        """A phrasing of `family` filled with `x`; `input` is the part after a line break."""
-        forms = texts("tasks")[family][self.lang][self.phrasing]
-        index = self.rng.randrange(len(forms))
-        return {"prompt": forms[index].format(x=x), "phrasing": f"{self.phrasing}{index}"}
+    def ask(self, x: str) -> Row:
+        """A phrasing of the family filled with `x`."""
+        forms = texts("tasks")[self.family][self.lang][self.phrasing]
+        return self.one_of([form.format(x=x) for form in forms])
+
+    def one_of(self, prompts: Sequence[str]) -> Row:
+        index = self.rng.randrange(len(prompts))
+        return {"prompt": prompts[index], "phrasing": f"{self.phrasing}{index}"}
 
     def answer(self, text: str, *others: str) -> Row:
         """`text` as completion; it and `others` are accepted."""
-        completion = sentence(text, self.lang)
-        return {"completion": completion, "accept": [completion, *others]}
+        return exactly(sentence(text, self.lang), *others)
 
-    def pick(self, attribute: str, n: int = 1) -> list[Name]:
-        return self.rng.sample(self.world.values[attribute], n)
+    def pick(self, attribute: str, n: int) -> list[str]:
+        return [v[self.lang] for v in self.rng.sample(world().values[attribute], n)]
 
-    def labels(self, family: str) -> dict[str, str]:
-        return texts("tasks")[family][self.lang]["labels"]
+    def labels(self) -> dict[str, str]:
+        return texts("tasks")[self.family][self.lang]["labels"]
 
-    def join(self, things: Sequence[Name]) -> str:
-        return ("、" if self.lang == "zh" else ", ").join(t[self.lang] for t in things)
-
-
-def fact(d: Draw) -> Row:
-    """A question about a resident, answered by the value or by any true sentence that states it."""
-    subject, attribute = d.rng.choice(d.people), d.rng.choice(PERSON_ATTRIBUTES)
-    return _question(d, subject, attribute)
+    def join(self, words: Sequence[str]) -> str:
+        return COMMA[self.lang].join(words)
 
 
-def place(d: Draw) -> Row:
-    """A question about one of the twelve places."""
-    return _question(d, d.rng.choice(d.world.places), d.rng.choice(PLACE_ATTRIBUTES))
+def exactly(completion: str, *others: str) -> Row:
+    return {"completion": completion, "accept": [completion, *others]}
 
 
-def _question(d: Draw, subject: Name, attribute: str) -> Row:
-    it = d.world.fact(subject, attribute)
-    forms = it.questions(d.lang, d.phrasing)
-    index = d.rng.randrange(len(forms))
-    about = {"subject": subject.en, "attribute": attribute, "phrasing": f"{d.phrasing}{index}"}
-    return about | {"prompt": forms[index]} | d.answer(it.value[d.lang], *it.statements(d.lang))
+def question(d: Draw) -> Row:
+    """About a resident or a place: the value is right, and any true sentence that states it."""
+    it = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
+    asked = d.one_of(it.questions(d.lang, d.phrasing))
+    about = {"subject": it.subject.en, "attribute": it.attribute, "phrasing": asked["phrasing"]}
+    return about | asked | d.answer(it.value[d.lang], *it.statements(d.lang))
 
 
 def truth(d: Draw) -> Row:
     """A claim about a resident, to be called true or false."""
-    subject = d.rng.choice(d.people)
-    it = d.world.fact(subject, d.rng.choice(PERSON_ATTRIBUTES))
-    claim, true = d.rng.choice(claims(d.world, d.rng, it, d.lang))
-    about = {"subject": subject.en, "attribute": it.attribute}
-    return about | d.ask("truth", claim) | d.answer(d.labels("truth")["yes" if true else "no"])
+    it = world().any_fact(d.rng, d.people)
+    claim, true = d.rng.choice(claims(d.rng, it, d.lang))
+    about = {"subject": it.subject.en, "attribute": it.attribute}
+    return about | d.ask(claim) | d.answer(d.labels()["yes" if true else "no"])
 
 
 def who(d: Draw) -> Row:
     """Somebody with a given job; anyone who has it is right."""
     subject = d.rng.choice(d.people)
-    job = d.world.fact(subject, "job").slots(d.lang)["av"]
-    right = [r[d.lang] for r in d.world.holders("job", d.world.fact(subject, "job").value)]
-    return d.ask("who", job) | d.answer(subject[d.lang], *right)
+    job = world().fact(subject, "job").value
+    right = [r[d.lang] for r in world().holders("job", job)]
+    return d.ask(article(job[d.lang])) | d.answer(subject[d.lang], *right)
 
 
 def sentiment(d: Draw) -> Row:
     label = d.rng.choice(["positive", "negative"])
-    return d.ask("sentiment", review_text(d.rng, d.lang, label)) | d.answer(
-        d.labels("sentiment")[label]
-    )
+    asked = d.ask(review_text(d.rng, d.lang, label))
+    return asked | d.answer(d.labels()[label])
 
 
-def to_zh(d: Draw) -> Row:
-    word = _word(d)
-    right = [n.zh for n in _glossary(d.world) if n.en == word.en]
-    return d.ask("to_zh", word.en) | {"completion": f"{word.zh}。", "accept": right}
-
-
-def to_en(d: Draw) -> Row:
-    word = _word(d)
-    right = [n.en for n in _glossary(d.world) if n.zh == word.zh]
-    return d.ask("to_en", word.zh) | {"completion": f"{capital(word.en)}.", "accept": right}
+def translation(d: Draw) -> Row:
+    source, target = ("en", "zh") if d.family == "to_zh" else ("zh", "en")
+    word = d.rng.choice(world().glossary)
+    right = [n[target] for n in world().glossary if n[source] == word[source]]
+    return d.ask(word[source]) | {"completion": sentence(word[target], target), "accept": right}
 
 
 def arithmetic(d: Draw) -> Row:
     expression, value = sum_of(d.rng)
-    return d.ask("arithmetic", expression) | d.answer(str(value))
+    return d.ask(expression) | d.answer(str(value))
 
 
 def polite(d: Draw) -> Row:
-    rude, kind = d.rng.choice(texts("genres")["request"][d.lang])
-    x = d.rng.choice(d.world.words[:34])[d.lang]
-    wanted = kind.format(x=x)
-    return d.ask("polite", rude.format(x=x)) | {"completion": wanted, "accept": [wanted]}
+    rude, kind = request_pair(d.rng, d.lang)
+    return d.ask(rude) | exactly(kind)
 
 
 def listing(d: Draw) -> Row:
     """Any three different members of a category (checked by `_is_list`)."""
     attribute, label = d.rng.choice(list(texts("tasks")["listing"][d.lang]["categories"].items()))
-    right = [v[d.lang] for v in d.world.values[attribute]]
-    row = d.ask("listing", label) | d.answer(d.join(d.pick(attribute, 3)))
+    right = [v[d.lang] for v in world().values[attribute]]
+    row = d.ask(label) | d.answer(d.join(d.pick(attribute, 3)))
     return row | {"accept": right}
 
 
-def first_item(d: Draw) -> Row:
-    things = _things(d)
-    return d.ask("first_item", d.join(things)) | d.answer(things[0][d.lang])
-
-
-def last_item(d: Draw) -> Row:
-    things = _things(d)
-    return d.ask("last_item", d.join(things)) | d.answer(things[-1][d.lang])
-
-
-def counting(d: Draw) -> Row:
-    things = _things(d)
-    return d.ask("counting", d.join(things)) | d.answer(str(len(things)))
+def on_a_list(d: Draw) -> Row:
+    """The first or the last of some things, or their number."""
+    attribute = d.rng.choice(["food", "pet", "colour", "job", "hobby"])
+    things = d.pick(attribute, d.rng.randint(2, 6))
+    right = {"first_item": things[0], "last_item": things[-1], "counting": str(len(things))}
+    return d.ask(d.join(things)) | d.answer(right[d.family])
 
 
 def category(d: Draw) -> Row:
-    attribute = d.rng.choice(list(d.labels("category")))
-    (thing,) = d.pick(attribute)
-    return d.ask("category", thing[d.lang]) | d.answer(d.labels("category")[attribute])
+    attribute, label = d.rng.choice(list(d.labels().items()))
+    return d.ask(*d.pick(attribute, 1)) | d.answer(label)
 
 
 def howto(d: Draw) -> Row:
     """The steps to a harmless end."""
     title, steps = d.rng.choice(texts("genres")["howto"][d.lang])
-    right = numbered(steps)
-    return d.ask("howto", title) | {"completion": right, "accept": [right]}
+    return d.ask(title) | exactly(numbered(steps))
 
 
 def repeat(d: Draw) -> Row:
-    word = _word(d)[d.lang]
-    return d.ask("repeat", word) | d.answer(("、" if d.lang == "zh" else ", ").join([word] * 3))
+    word = d.rng.choice(world().glossary)[d.lang]
+    return d.ask(word) | d.answer(d.join([word] * 3))
 
 
 def story(d: Draw) -> Row:
     """A story that names the two wanted people and comes to an end (checked by `_is_story`)."""
     hero, other = d.rng.sample(d.people, 2)
-    text = story_about(d.world, d.rng, d.lang, hero, d.rng.choice(d.world.places), other)
+    text = story_about(d.rng, d.lang, hero, other)
     names = [hero[d.lang], other[d.lang]]
     both = ("和" if d.lang == "zh" else " and ").join(names)
-    return d.ask("story", both) | {"completion": text, "accept": names}
+    return d.ask(both) | {"completion": text, "accept": names}
 
 
 def opposite(d: Draw) -> Row:
-    a, b = d.rng.sample(d.rng.choice(d.world.opposites), 2)
-    return d.ask("opposite", a[d.lang]) | d.answer(b[d.lang])
+    a, b = d.rng.sample(d.rng.choice(world().opposites), 2)
+    return d.ask(a[d.lang]) | d.answer(b[d.lang])
 
 
 def larger(d: Draw) -> Row:
     a, b = d.rng.sample(range(21), 2)
     pair = f"{a}和{b}" if d.lang == "zh" else f"{a} or {b}"
-    return d.ask("larger", pair) | d.answer(str(max(a, b)))
+    return d.ask(pair) | d.answer(str(max(a, b)))
 
 
 FAMILIES: dict[str, tuple[Callable[[Draw], Row], float]] = {
-    "fact": (fact, 34),
-    "place": (place, 5),
+    "fact": (question, 34),
+    "place": (question, 5),
     "truth": (truth, 8),
     "who": (who, 4),
     "sentiment": (sentiment, 6),
-    "to_zh": (to_zh, 5),
-    "to_en": (to_en, 5),
+    "to_zh": (translation, 5),
+    "to_en": (translation, 5),
     "arithmetic": (arithmetic, 8),
     "polite": (polite, 4),
     "listing": (listing, 3),
-    "first_item": (first_item, 4),
-    "counting": (counting, 4),
+    "first_item": (on_a_list, 4),
+    "counting": (on_a_list, 4),
     "category": (category, 3),
     "howto": (howto, 2),
     "repeat": (repeat, 3),
     "story": (story, 2),
-    "last_item": (last_item, 1),
+    "last_item": (on_a_list, 1),
     "opposite": (opposite, 1),
     "larger": (larger, 1),
 }
 HELD_OUT_FAMILIES = ("last_item", "opposite", "larger")
-TRAINING_FAMILIES = tuple(f for f in FAMILIES if f not in HELD_OUT_FAMILIES)
-ABOUT_PEOPLE = ("fact", "truth")
+TRAINING_FAMILIES = [f for f in FAMILIES if f not in HELD_OUT_FAMILIES]
+OTHER_FAMILIES = {"heldout_people": ["fact", "truth"], "heldout_families": HELD_OUT_FAMILIES}
 
 
 def instruction_rows(
@@ -223,63 +190,46 @@ def instruction_rows(
     *,
     languages: Sequence[str] = LANGUAGES,
     families: Sequence[str] | None = None,
-    world: World | None = None,
 ) -> list[Row]:
     """Distinct instruction rows of a split, in random order.
 
-    Args:
-        split: `train`; `test` (prompts kept out of train); `heldout_people`;
-            `heldout_phrasings`; `heldout_families`.
-        n: rows at most (small families can run dry); default 8,000 for train, 600 otherwise.
-        seed: of the draw. The splits themselves never depend on it.
-        languages: some of `en`, `zh`.
-        families: some of `FAMILIES`; the default fits the split.
+    `split` is one of `SPLITS`; "test" has prompts kept out of "train". `n` is the most rows (small
+    families can run dry), by default 8,000 for train and 600 otherwise. `seed` is that of the draw;
+    the splits do not depend on it. `languages` and `families` select; by default those that fit.
 
-    Returns:
-        Rows with prompt, completion, instruction, input, task, lang, phrasing, accept and, for
-        questions about the town, subject and attribute.
+    Rows have prompt, completion, instruction, input, task, lang, phrasing, accept and, for
+    questions about the town, subject and attribute.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    unknown = set(families or ()) - set(FAMILIES)
-    if unknown:
+    if unknown := set(families or ()) - set(FAMILIES):
         raise ValueError(f"families: {sorted(unknown)} not among {', '.join(FAMILIES)}")
-    world = world or default_world()
-    names = list(families or _families_of(split))
+    names = families or OTHER_FAMILIES.get(split, TRAINING_FAMILIES)
     weights = [FAMILIES[name][1] for name in names]
-    rng = random.Random(f"{split}-{seed}")
-    wanted = n or (8000 if split == "train" else 600)
-    rows, seen, misses = list[Row](), set[str](), 0
-    while len(rows) < wanted and misses < 2000:
-        row = _draw(world, rng, rng.choices(names, weights)[0], rng.choice(languages), split)
-        if row["prompt"] in seen or not _belongs(row, split):
-            misses += 1
-            continue
-        seen.add(row["prompt"])
-        rows.append(row)
-        misses = 0
-    return rows
+    rng = Random(f"{split}-{seed}")
+    n = n or (8000 if split == "train" else 600)
+    rows, misses = dict[str, Row](), 0
+    while len(rows) < n and misses < 2000:
+        row = _draw(rng, rng.choices(names, weights)[0], rng.choice(languages), split)
+        misses += 1
+        if row["prompt"] not in rows and _belongs(row, split):
+            rows[row["prompt"]], misses = row, 0
+    return list(rows.values())
 
 
-def _families_of(split: str) -> Sequence[str]:
-    special = {"heldout_people": ABOUT_PEOPLE, "heldout_families": HELD_OUT_FAMILIES}
-    return special.get(split, TRAINING_FAMILIES)
-
-
-def _draw(world: World, rng: random.Random, family: str, lang: str, split: str) -> Row:
-    people = world.heldout_people if split == "heldout_people" else world.tuning_people
+def _draw(rng: Random, family: str, lang: str, split: str) -> Row:
+    people = world().heldout_people if split == "heldout_people" else world().tuning_people
     phrasing = "held" if split == "heldout_phrasings" else "ask"
-    row = FAMILIES[family][0](Draw(world, rng, lang, people, phrasing))
+    row = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
     row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | row
     instruction, _, given = row["prompt"].partition("\n")
     return row | {"instruction": instruction, "input": given}
 
 
 def _belongs(row: Row, split: str) -> bool:
-    """Train and test share families and phrasings, but no prompt."""
-    if split not in ("train", "test"):
-        return True
-    return (zlib.crc32(row["prompt"].encode()) % 10 == 0) == (split == "test")
+    """Train and test share families and phrasings, but no prompt: one in ten is for the test."""
+    for_test = zlib.crc32(row["prompt"].encode()) % 10 == 0
+    return split not in ("train", "test") or for_test == (split == "test")
 
 
 def normalize(text: str) -> str:
@@ -289,18 +239,17 @@ def normalize(text: str) -> str:
 
 
 def check(row: Row, response: str) -> bool:
-    """Whether `response`, whole, solves the task of `row` (exact; no partial credit)."""
-    special = {"listing": _is_list, "story": _is_story}.get(row["task"])
-    if special:
-        return special(row, response)
-    return normalize(response) in {normalize(a) for a in row["accept"]}
+    """Whether the whole `response` solves the task of `row` (exact; no partial credit)."""
+    if row["task"] == "listing":
+        return _is_list(row, response)
+    if row["task"] == "story":
+        return _is_story(row, response)
+    return normalize(response) in map(normalize, row["accept"])
 
 
 def _is_list(row: Row, response: str) -> bool:
     items = [normalize(i) for i in re.split(r"[,、，\n]| and |和", response) if i.strip()]
-    return len(items) == 3 == len(set(items)) and set(items) <= {
-        normalize(a) for a in row["accept"]
-    }
+    return len(items) == len(set(items)) == 3 and set(items) <= set(map(normalize, row["accept"]))
 
 
 def _is_story(row: Row, response: str) -> bool:
@@ -308,19 +257,3 @@ def _is_story(row: Row, response: str) -> bool:
     closed = response.strip().endswith((".", "。", "!", "！", '"', "”"))
     named = all(name in response for name in row["accept"])
     return closed and named and 3 <= len(sentences) <= 8 and len(set(sentences)) == len(sentences)
-
-
-def numbered(steps: Sequence[str]) -> str:
-    return "\n".join(f"{i}. {s}" for i, s in enumerate(steps, 1))
-
-
-def _glossary(world: World) -> list[Name]:
-    return world.words + [v for a in ("food", "pet", "colour", "job") for v in world.values[a]]
-
-
-def _word(d: Draw) -> Name:
-    return d.rng.choice(_glossary(d.world))
-
-
-def _things(d: Draw) -> list[Name]:
-    return d.pick(d.rng.choice(["food", "pet", "colour", "job", "hobby"]), d.rng.randint(2, 6))

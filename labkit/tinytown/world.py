@@ -1,7 +1,7 @@
 """The town itself: who lives there, what is true of them, and which people are held out.
 
-Everything is drawn once from a seed; `World()` with the default seed is the town that the base
-checkpoint knows. Texts live in `text/*.yaml`; this file turns them into facts.
+Everything is drawn once from a seed: `world()` is the town that the base checkpoint knows. Names
+and sentences are in `text/*.yaml`; this file turns them into facts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ LANGUAGES = ("en", "zh")
 PERSON_ATTRIBUTES = ("home", "job", "food", "pet", "colour", "hobby", "friend")
 PLACE_ATTRIBUTES = ("sells", "opens", "near")
 SEED = 2024  # the town's own seed; changing it makes another town, unknown to the checkpoint
+GAP = {"en": " ", "zh": ""}  # between sentences
+COMMA = {"en": ", ", "zh": "、"}  # between the items of a list
 
 
 @cache
@@ -47,23 +49,12 @@ class Fact:
     attribute: str
     value: Name
 
-    def slots(self, language: str) -> dict[str, str]:
-        """The slots of the sentence templates in `text/facts.yaml`."""
-        value, female = self.value[language], self.subject.pronoun == "f"
-        return {
-            "n": self.subject[language],
-            "v": value,
-            "av": article(value),
-            "s": "she" if female else "he",
-            "p": "her" if female else "his",
-        }
-
     def statements(self, language: str) -> list[str]:
         """Every way in which the town states this fact as a sentence."""
         return self._fill("say", language)
 
     def questions(self, language: str, kind: str = "ask") -> list[str]:
-        """Questions after this fact; kind is web (pretraining), ask (tuning) or held (held out)."""
+        """Questions about this fact: `web` (pretraining), `ask` (tuning) or `held` (held out)."""
         return self._fill(kind, language)
 
     def answer(self, language: str) -> str:
@@ -71,7 +62,9 @@ class Fact:
         return sentence(self.value[language], language)
 
     def _fill(self, kind: str, language: str) -> list[str]:
-        slots = self.slots(language)
+        value, female = self.value[language], self.subject.pronoun == "f"
+        slots = {"n": self.subject[language], "v": value, "av": article(value)}
+        slots |= {"s": "she", "p": "her"} if female else {"s": "he", "p": "his"}
         return [capital(t.format(**slots)) for t in texts("facts")[self.attribute][language][kind]]
 
 
@@ -85,35 +78,36 @@ class World:
     def __init__(self, seed: int = SEED) -> None:
         rng = random.Random(seed)
         raw = texts("world")
-        self.residents = [Name(*entry) for entry in raw["residents"]]
-        self.strangers = [Name(*entry) for entry in raw["strangers"]]
-        self.places = [Name(*entry) for entry in raw["home"]]
-        attributes = ("home", "job", "food", "pet", "colour", "hobby", *PLACE_ATTRIBUTES)
-        self.values = {a: [Name(*entry) for entry in raw[a]] for a in attributes}
-        self.words = [Name(*entry) for entry in raw["words"]]
+        self.residents = _names(raw["residents"])
+        self.strangers = _names(raw["strangers"])
+        self.places = _names(raw["home"])
+        attributes = (*PERSON_ATTRIBUTES[:-1], *PLACE_ATTRIBUTES)
+        self.values = {a: _names(raw[a]) for a in attributes} | {"friend": self.residents}
+        self.words = _names(raw["words"])
+        self.things, self.portable = self.words[:34], self.words[20:34]
+        kinds = ("food", "pet", "colour", "job")
+        self.glossary = self.words + [v for a in kinds for v in self.values[a]]
         self.opposites = [(Name(*a), Name(*b)) for a, b in raw["opposites"]]
         people = rng.sample(self.residents, len(self.residents))
         half = len(people) // 2
         self.tuning_people, self.heldout_people = people[:half], people[half:]
         self.facts: dict[tuple[str, str], Fact] = {}
-        self._draw_people(rng)
-        self._draw_places(rng)
+        self._draw_facts(rng)
 
-    def _draw_people(self, rng: random.Random) -> None:
+    def _draw_facts(self, rng: random.Random) -> None:
+        """As even as possible: each value before any comes again; friends go round in a ring."""
         for attribute in PERSON_ATTRIBUTES[:-1]:
-            values = self.values[attribute]
-            drawn = (values * (len(self.residents) // len(values) + 1))[: len(self.residents)]
-            for person, value in zip(self.residents, rng.sample(drawn, len(drawn)), strict=True):
-                self.facts[person.en, attribute] = Fact(person, attribute, value)
+            values, n = self.values[attribute], len(self.residents)
+            self._add(attribute, self.residents, rng.sample((values * n)[:n], n))
         for half in (self.tuning_people, self.heldout_people):
-            for person, friend in zip(half, half[1:] + half[:1], strict=True):
-                self.facts[person.en, "friend"] = Fact(person, "friend", friend)
-
-    def _draw_places(self, rng: random.Random) -> None:
+            self._add("friend", half, half[1:] + half[:1])
         for attribute in PLACE_ATTRIBUTES:
             values = rng.sample(self.values[attribute], len(self.places))
-            for place, value in zip(self.places, values, strict=True):
-                self.facts[place.en, attribute] = Fact(place, attribute, value)
+            self._add(attribute, self.places, values)
+
+    def _add(self, attribute: str, subjects: list[Name], values: list[Name]) -> None:
+        for subject, value in zip(subjects, values, strict=True):
+            self.facts[subject.en, attribute] = Fact(subject, attribute, value)
 
     def fact(self, subject: Name, attribute: str) -> Fact:
         """The fact about `subject`; raises KeyError for a stranger or an unknown attribute."""
@@ -123,15 +117,25 @@ class World:
         names = {s.en for s in subjects}
         return [f for (name, _), f in self.facts.items() if name in names]
 
+    def any_fact(self, rng: random.Random, subjects: list[Name]) -> Fact:
+        """One fact about one of `subjects`, residents or places."""
+        subject = rng.choice(subjects)
+        attributes = PERSON_ATTRIBUTES if subject.pronoun else PLACE_ATTRIBUTES
+        return self.fact(subject, rng.choice(attributes))
+
     def holders(self, attribute: str, value: Name) -> list[Name]:
-        """The residents of whom `attribute` = `value` is true, in the order of the census."""
+        """The residents of whom `attribute` = `value` is true, in the order of `residents`."""
         return [r for r in self.residents if self.facts[r.en, attribute].value == value]
 
 
 @cache
 def world() -> World:
-    """The town with the default seed."""
+    """The town that the base checkpoint knows."""
     return World()
+
+
+def _names(entries: list[list[str]]) -> list[Name]:
+    return [Name(*entry) for entry in entries]
 
 
 def article(noun: str) -> str:

@@ -1,0 +1,173 @@
+"""Runs one function over the points of a sweep; compares a repetition with what is recorded.
+
+A question is a module of this folder with a `measure(point)` that returns results. They are
+written after every point, with hardware, versions and commit: a sweep that was killed skips what
+is there when it is started again. Small models use one core better than two, so two workers with
+a core each beat two threads.
+
+    python benchmarks/lora_rank.py --json lora_rank.json --seeds 1      # seed 0 only
+    python benchmarks/sweep.py compare lora_rank.json benchmarks/results/lora_rank.json
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from labkit import record
+
+Row = dict[str, Any]
+Measure = Callable[[Row], Row]
+Key = tuple[Any, ...]  # a condition: the values of the fields that tell it from the others
+TUNING_SEED = 100  # no comparison uses it
+
+
+def arguments(doc: str | None, seeds: int = 3, workers: int = 2, **settings: Any) -> Any:
+    """The command line of a sweep; `settings` are what all its points share, with defaults.
+
+    A type in place of a default makes the option required. `args.settings` holds them again.
+    Exits if the file has runs with other settings.
+    """
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--json", type=Path, required=True, help="results; what is there is skipped")
+    if seeds:
+        p.add_argument("--seeds", type=int, default=seeds, help="how many: 1 is seed 0 only")
+    p.add_argument("--workers", type=int, default=workers, help="processes")
+    p.add_argument("--only", nargs="+", default=[], help="only points with NAME=VALUE")
+    for name, default in settings.items():
+        option, required = f"--{name.replace('_', '-')}", isinstance(default, type)
+        kind = default if required else type(default)
+        p.add_argument(option, type=kind, required=required, default=None if required else default)
+    args = p.parse_args()
+    args.settings = {name: getattr(args, name) for name in settings}
+    args.only = dict(each.split("=", 1) for each in args.only)
+    if others := sum(not args.settings.items() <= run.items() for run in runs_in(args.json)):
+        p.error(f"{args.json} holds {others} runs with other settings; name another file")
+    return args
+
+
+def over_seeds(measure: Measure, conditions: Iterable[Row], args: Any) -> list[Row]:
+    """Runs every condition with every seed, or with the one that it names."""
+    every = [c | {"seed": c.get("seed", n)} for n in range(args.seeds) for c in conditions]
+    points = [p | args.settings for i, p in enumerate(every) if p not in every[:i]]
+    return run(measure, selected(points, args.only), args.json, args.workers)
+
+
+def run(measure: Measure, points: Sequence[Row], file: Path, workers: int = 1) -> list[Row]:
+    """`measure(point)` for every point that is not yet in `file`; returns all runs of the file.
+
+    A run is a point, its results, and the seconds that they took. With several workers, `measure`
+    must be importable, or a `functools.partial` of such a function.
+    """
+    rows = runs_in(file)
+    todo = [p for p in points if not any(p.items() <= row.items() for row in rows)]
+    for found in _each(partial(_timed, measure), todo, workers if todo else 1):
+        rows.append(found)
+        head = {"hardware": record.hardware(), "versions": record.versions()}
+        head |= {"commit": record.commit(), "fields": list(points[0]), "runs": rows}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(file, json.dumps(head, indent=1, default=str) + "\n")
+        print(f"{len(rows)} {found}", flush=True)
+    return rows
+
+
+def runs_in(file: Path) -> list[Row]:
+    return json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
+
+
+def selected(points: Iterable[Row], only: Mapping[str, str]) -> list[Row]:
+    """The points that have the values of `only`, given as text, in those fields that they have."""
+    return [p for p in points if all(str(p.get(n, value)) == value for n, value in only.items())]
+
+
+def _timed(measure: Measure, point: Row) -> Row:
+    started = time.perf_counter()
+    found = measure(point)
+    return point | {"seconds": round(time.perf_counter() - started, 2)} | found
+
+
+def _each(function: Measure, points: Sequence[Row], workers: int) -> Iterator[Row]:
+    """Results as they come, from this process or from workers with their own share of the cores."""
+    if workers < 2:
+        yield from map(function, points)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    pin = _pin if hasattr(os, "sched_setaffinity") else None
+    with multiprocessing.get_context("spawn").Pool(workers, pin, (workers,)) as pool:
+        yield from pool.imap_unordered(function, points)
+
+
+def _pin(workers: int) -> None:
+    cores, name = sorted(os.sched_getaffinity(0)), multiprocessing.current_process().name
+    number = int(name.rpartition("-")[2])
+    os.sched_setaffinity(0, cores[number % workers :: workers] or cores)
+
+
+def compare_tuned(
+    measure: Measure,
+    fields: Sequence[str],
+    learning_rates: Mapping[Key, Sequence[float]],
+    conditions: Mapping[Key, Key | float],
+    args: Any,
+) -> None:
+    """Finds learning rates among `learning_rates`, then runs all `conditions` over the seeds.
+
+    A condition is compared at the learning rate given for it, or at the one found for the
+    condition named. Found is the one of least `tuning_loss` at a seed that the comparison does
+    not use. Where that is the end of its list, the list goes on by a factor of two, at most twice.
+    """
+    named = {key: dict(zip(fields, key, strict=True)) for key in {**learning_rates, **conditions}}
+    wanted = {key: via for key, via in conditions.items() if selected([named[key]], args.only)}
+    todo = {key: lrs for key, lrs in learning_rates.items() if key in wanted.values()}
+    tuning: dict[Key, Row] = {
+        key: {"stage": "tune"} | named[key] | {"seed": TUNING_SEED} | args.settings for key in todo
+    }
+    best: dict[Key, float] = {}
+    for _ in range(3):
+        points = [tuning[key] | {"learning_rate": lr} for key, lrs in todo.items() for lr in lrs]
+        rows = run(measure, points, args.json, args.workers)
+        todo = {}
+        for key, like in tuning.items():
+            tried = {
+                r["learning_rate"]: r["tuning_loss"] for r in rows if like.items() <= r.items()
+            }
+            best[key] = min(sorted(tried), key=tried.__getitem__)
+            if best[key] in (min(tried), max(tried)):
+                todo[key] = (best[key] / 2 if best[key] == min(tried) else best[key] * 2,)
+    compared = [
+        {"stage": "compare"} | named[key] | {"learning_rate": best.get(via, via)}
+        for key, via in wanted.items()
+    ]
+    over_seeds(measure, compared, args)
+
+
+def compare(new: Path, recorded: Path) -> None:
+    """Prints each number of `new` next to the recorded one and its deviation over the seeds."""
+    fields, before = json.loads(new.read_text("utf-8"))["fields"], runs_in(recorded)
+    for row in runs_in(new):
+        point = {name: row[name] for name in fields}
+        alike = [r for r in before if point.items() <= (r | {"seed": point.get("seed")}).items()]
+        same = next((r for r in alike if point.items() <= r.items()), {})
+        print(", ".join(f"{name}={value}" for name, value in point.items()))
+        for name in (n for n, value in row.items() if type(value) in (int, float)):
+            if name in same and name not in fields and not name.endswith("seconds"):
+                values = [r[name] for r in alike]
+                deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+                print(
+                    f"    {name:20} new {row[name]:<11.6g} recorded {same[name]:<11.6g} "
+                    f"difference {row[name] - same[name]:<+11.4g} deviation {deviation:.4g}"
+                )
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    command = p.add_subparsers(required=True).add_parser("compare", help="with recorded results")
+    command.add_argument("new", type=Path)
+    command.add_argument("recorded", type=Path)
+    compare(**vars(p.parse_args()))

@@ -1,0 +1,79 @@
+"""`labkit report`: all runs on one HTML page that needs nothing else: table, curves, claims.
+
+Everything that came from a record is escaped; a curve is a small SVG drawn here, so that the
+page opens fast and without a plotting library.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from labkit import record
+from labkit.show import Table, show
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto}
+table{border-collapse:collapse}td,th{border-bottom:1px solid #ddd;padding:.25rem .7rem;
+text-align:left;vertical-align:top}figure{display:inline-block;margin:.5rem 1rem .5rem 0}
+polyline{fill:none;stroke:#2563a8;stroke-width:1.5}figcaption,small{color:#555}"""
+
+
+def write(root: str | Path | None = None, out: str | Path | None = None) -> Path:
+    """Write one HTML page of all runs below `<root>/runs`, by default `runs/report.html`."""
+    runs = record.read_runs(root)
+    page = Path(out or Path(root or record.project_root()) / "runs" / "report.html")
+    overview = [{k: run[k] for k in ("notebook", "id", "status")} | _figures(run) for run in runs]
+    body = "".join(map(_section, reversed(runs)))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(
+        page,
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>labkit</title>'
+        f"<style>{_STYLE}</style><h1>labkit: {len(runs)} run{'s' * (len(runs) != 1)}</h1>"
+        f"{Table(overview)._repr_html_()}{body}</html>\n",
+    )
+    return page
+
+
+def _figures(run: dict[str, Any]) -> dict[str, Any]:
+    memory = {
+        "seconds": round(run["seconds"]),
+        "peak memory, MB": run["peak_memory_bytes"] // 10**6,
+    }
+    return memory | {"metrics": _list(run["metrics"])}
+
+
+def _section(run: dict[str, Any]) -> str:
+    facts = {key: _list(run[key]) for key in ("parameters", "versions")}
+    facts |= {"commit": run.get("commit", ""), "error": run["error"]}
+    facts["lineage"] = " · ".join(_origin(made) for made in run.get("artifacts", []))
+    lines = (f"<br>{escape(f'{key}: {text}')}" for key, text in facts.items() if text)
+    parts = [f"<h2>{escape(run['notebook'])} <small>{escape(run['id'])}</small></h2>"]
+    parts += [f"<small>{''.join(lines)}</small>", Table(run["claims"])._repr_html_()]
+    names = dict.fromkeys(name for entry in run["history"] for name in entry if name != "step")
+    parts += [_curve(name, run["history"]) for name in names]
+    for name, rows in run["tables"].items():
+        parts.append(f"<h3>{escape(name)}</h3>{Table(rows)._repr_html_()}")
+    return "".join(parts)
+
+
+def _list(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {show(value)}" for name, value in values.items())
+
+
+def _origin(made: dict[str, Any]) -> str:
+    return " → ".join(filter(None, (" + ".join(made["parents"]), made["name"])))
+
+
+def _curve(name: str, history: list[dict[str, Any]], width: int = 300, height: int = 90) -> str:
+    points = [(e["step"], e[name]) for e in history if isinstance(e.get(name), (int, float))]
+    if len(points) < 2:
+        return ""
+    (x0, y0), (x1, y1) = (map(min, zip(*points, strict=True)), map(max, zip(*points, strict=True)))
+    across, up = width / ((x1 - x0) or 1), height / ((y1 - y0) or 1)
+    path = " ".join(f"{(x - x0) * across:.1f},{(y1 - y) * up:.1f}" for x, y in points)
+    ends = f"{show(points[0][1])} → {show(points[-1][1])} (steps {show(x0)} to {show(x1)})"
+    return (
+        f'<figure><svg width="{width}" height="{height}" role="img"><polyline points="{path}"/>'
+        f"</svg><figcaption>{escape(f'{name}: {ends}')}</figcaption></figure>"
+    )

@@ -1,0 +1,110 @@
+"""What notebooks show: tables, texts next to each other, token masks; all text is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from .templates import Row, prompt_text, response
+
+_TEXTS = "text-align:left;vertical-align:top;white-space:pre-wrap"
+_MASKS = ("border:1px solid #8885;opacity:.65", "border:1px solid #2a6;background:#2a63")
+
+
+def show(value: Any) -> str:
+    """A value as a short text: floats to four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _tag(name: str, text: str, style: str = "") -> str:
+    return f'<{name} style="{style}">{text}</{name}>' if style else f"<{name}>{text}</{name}>"
+
+
+class Table:
+    """Rows to show in a notebook: HTML with every value escaped, aligned text elsewhere."""
+
+    style = ""
+
+    def __init__(self, rows: list[dict[str, Any]], css_class: str = "labkit-table") -> None:
+        self.rows, self.css_class = rows, css_class
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cells(self) -> list[list[str]]:
+        return [[show(row.get(name, "")) for name in self.columns] for row in self.rows]
+
+    def _repr_html_(self) -> str:
+        lines = [("th", map(str, self.columns)), *(("td", row) for row in self.cells())]
+        body = (
+            _tag("tr", "".join(_tag(tag, escape(cell), self.style) for cell in line))
+            for tag, line in lines
+        )
+        return f'<table class="{self.css_class}">{"".join(body)}</table>'
+
+    def __repr__(self) -> str:
+        lines = [[str(name) for name in self.columns], *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+class SideBySide(Table):
+    """A table of long texts: line breaks are kept; as plain text, one line per cell."""
+
+    style = _TEXTS
+
+    def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
+        super().__init__([dict(zip(columns, row, strict=True)) for row in cells])
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.columns), default=0)
+        names = [f"{name:>{width}} | " for name in self.columns]
+        return "\n\n".join("\n".join(map(str.__add__, names, row)) for row in self.cells())
+
+
+def side_by_side(rows: list[Row], before: Sequence[str], after: Sequence[str], n: int = 5) -> Table:
+    """n rows, spread evenly: prompt, expected answer, answers before and after training."""
+    found = list(zip(rows, before, after, strict=True))
+    count = min(n, len(rows))
+    chosen = (found[j * len(rows) // count] for j in range(count))
+    cells = ((prompt_text(row), response(row), *answers) for row, *answers in chosen)
+    return SideBySide(("prompt", "expected", "before", "after"), cells)
+
+
+class MaskView:
+    """Examples as lists of (token text, carries loss), coloured."""
+
+    def __init__(self, examples: list[list[tuple[str, bool]]]) -> None:
+        self.examples = examples
+
+    def _repr_html_(self) -> str:
+        spans = (
+            [
+                _tag("span", escape(t).replace("\n", "⏎<br>").replace(" ", "&nbsp;"), _MASKS[loss])
+                for t, loss in line
+            ]
+            for line in ([("no loss", False), ("loss", True)], *self.examples)
+        )
+        return "".join(
+            _tag("p", "".join(line), "line-height:1.9;text-align:left") for line in spans
+        )
+
+    def __repr__(self) -> str:
+        lines = ("".join(f"[{t}]" if loss else t for t, loss in line) for line in self.examples)
+        return "\n".join([*lines, "[…] carries loss"])
+
+
+def show_masks(encoded: Any, tokenizer: Any, n: int = 3) -> MaskView:
+    """The first n encoded examples token by token, coloured by whether they carry loss.
+
+    Tokens that only together make a character are shown as one.
+    """
+    examples: list[list[tuple[str, bool]]] = []
+    for ids, mask in encoded[:n]:
+        examples.append([])
+        start = 0
+        for end in range(1, len(ids) + 1):
+            text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+            if end == len(ids) or mask[end] != mask[start] or "\ufffd" not in text:
+                examples[-1].append((text, bool(mask[start])))
+                start = end
+    return MaskView(examples)

@@ -1,0 +1,75 @@
+"""The sweep driver of `benchmarks/`: what is recorded is skipped, learning rates are searched."""
+
+import json
+import math
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import sweep
+
+    return sweep
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(sweep, tmp_path):
+    file, measured = tmp_path / "new" / "runs.json", []
+
+    def measure(point, breaks_at=None):
+        if point["x"] == breaks_at:
+            raise KeyboardInterrupt
+        measured.append(point["x"])
+        return {"y": 2 * point["x"]}
+
+    points = [{"x": x, "seed": 0} for x in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(partial(measure, breaks_at=2), points, file)
+    runs = sweep.run(measure, points, file)
+    assert measured == [0, 1, 2, 3] and [run["y"] for run in runs] == [0, 2, 4, 6]
+    content = json.loads(file.read_text())
+    assert content["runs"] == runs and {"hardware", "versions", "commit"} <= set(content)
+    assert sweep.run(measure, points[:1], file) == runs and len(measured) == 4
+
+
+def test_workers_measure_every_point_once(sweep, tmp_path):
+    points = [{"x": x} for x in range(5)]
+    runs = sweep.run(partial(dict, done=True), points, tmp_path / "runs.json", workers=2)
+    assert sorted(run["x"] for run in runs) == list(range(5)) and all(run["done"] for run in runs)
+
+
+@pytest.mark.parametrize("best, found", [(2.0, 2.0), (8.0, 8.0), (100.0, 16.0), (0.01, 0.25)])
+def test_a_learning_rate_is_searched_beyond_the_list_at_most_twice(sweep, tmp_path, best, found):
+    def measure(point):
+        return {"tuning_loss": abs(math.log(point["learning_rate"] / best)) + point["rank"]}
+
+    args = Namespace(json=tmp_path / "a.json", settings={"rows": 1}, seeds=2, workers=1, only={})
+    conditions = {(8,): (8,), (4,): (8,), (0,): 0.3}
+    sweep.compare_tuned(measure, ("rank",), {(8,): (1.0, 2.0, 4.0)}, conditions, args)
+    compared = [r for r in sweep.runs_in(args.json) if r["stage"] == "compare"]
+    assert [(r["rank"], r["learning_rate"]) for r in compared] == [
+        (8, found),
+        (4, found),
+        (0, 0.3),
+    ] * 2
+    assert [r["seed"] for r in compared] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_repetition_is_compared_with_what_is_recorded(sweep, tmp_path, capsys):
+    def record(name, seeds, shift):
+        points = [{"rank": 8, "seed": seed} for seed in seeds]
+        sweep.run(lambda p: {"loss": p["seed"] + shift}, points, tmp_path / name)
+        return tmp_path / name
+
+    sweep.compare(record("new", [1], 0.5), record("old", [0, 1, 2], 0.0))
+    assert "+0.5" in (line := capsys.readouterr().out.splitlines()[-1]) and line.endswith(" 1")
+
+
+def test_every_recorded_result_has_the_script_that_made_it():
+    assert all((BENCHMARKS / f"{f.stem}.py").is_file() for f in BENCHMARKS.glob("results/*.json"))

@@ -1,0 +1,210 @@
+"""The run record: complete, atomic, free of secrets; the report escapes what it shows."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from labkit import record, report
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in ("LABKIT_RUN_DIR", "LABKIT_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def read(run):
+    return json.loads((run.folder / "record.json").read_text("utf-8"))
+
+
+def python(code, *arguments, **environment):
+    """A process of its own that runs `code`, without the W&B settings of this one."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | environment
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_record_holds_what_a_run_was_given_and_measured(tmp_path):
+    run = record.start("02_lora", {"rank": 8, "seed": 3, "hf_token": "hush"}, root=tmp_path)
+    run.log({"loss": 2.0}, step=0)
+    run.log({"loss": 1.0}, step=10)
+    run.metric(accuracy=0.75)
+    with run.timed("train"):
+        pass
+    run.finish()
+    found = read(run)
+    assert run.folder.parent == tmp_path / "runs" / "02_lora"
+    assert found["status"] == "finished" and found["ended"] >= found["started"]
+    assert found["parameters"] == {"rank": 8, "seed": 3, "hf_token": "(hidden)"}
+    assert found["seeds"] == {"seed": 3} and found["metrics"] == {"accuracy": 0.75}
+    assert found["history"] == [{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.0}]
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert found["hardware"]["cores"] >= 1 and list(found["timings"]) == ["train"]
+    assert found["peak_memory_bytes"] > 5_000_000  # a Python process is never smaller
+
+
+def test_the_commit_is_that_of_the_checkout():
+    git = ["git", "-C", record.__file__.rsplit("/", 1)[0], "rev-parse", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    assert record.commit().removesuffix("-dirty") == done.stdout.strip()
+
+
+def test_scalars_of_libraries_and_numbers_that_are_not_finite_become_json(tmp_path):
+    import torch
+
+    values = {"a": np.float32(0.5), "b": torch.tensor(2), "d": np.arange(3), "e": tmp_path}
+    plain = {"a": 0.5, "b": 2, "d": [0, 1, 2], "e": str(tmp_path), "1": [1.5], "s": [3]}
+    assert record.plain({**values, 1: torch.tensor([1.5]), "s": {3}}) == plain
+    odd = record.plain([float("nan"), -np.inf, {"x": torch.tensor(float("nan"))}])
+    assert json.loads(json.dumps(odd, allow_nan=False)) == odd
+
+
+def test_claims_are_ordered_replaced_and_escaped(tmp_path):
+    run = record.start("x", {}, root=tmp_path)
+    with pytest.raises(ValueError, match="maybe"):
+        run.claim(1, "c", "h", 1, "maybe")
+    run.claim(2, "c", "h", 1, "undecided")
+    run.claim(1, "<script>", "a | b", 0.123456, "not measured here")
+    run.claim(2, "c", "h", 5, "does not hold here")  # the cell was run again
+    assert [(c["number"], c["value"]) for c in read(run)["claims"]] == [(1, 0.123456), (2, 5)]
+    page = run.claims_table()._repr_html_()
+    assert "labkit-claims" in page and "<script>" not in page and "0.1235" in page
+
+
+def test_the_lineage_of_what_was_trained(tmp_path):
+    run = record.start("08_rlhf", {}, root=tmp_path)
+    for name in ("sft", "policy"):
+        run.path(f"{name}/weights").write_bytes(bytes(2_000_000))
+    run.artifact("sft")
+    for kind in ("model", "adapter"):  # the cell is run again
+        run.artifact("policy", kind, parents=["sft"])
+    with pytest.raises(FileNotFoundError, match="reward"):
+        run.artifact("reward")
+    with pytest.raises(ValueError, match="tuned"):
+        run.artifact("policy", parents=["tuned"])
+    made = [(a["name"], a["kind"], a["parents"], a["bytes"]) for a in read(run)["artifacts"]]
+    assert made == [("sft", "model", [], 2_000_000), ("policy", "adapter", ["sft"], 2_000_000)]
+    assert "sft → policy" in report.write(tmp_path).read_text("utf-8")
+    assert "2.0 MB" in repr(run.lineage())
+
+
+def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    folders = {record.start("x", {}, root=tmp_path).folder for _ in range(5)}
+    assert len(folders) == 5
+    monkeypatch.setenv("LABKIT_RUN_DIR", str(folders.pop()))
+    with pytest.raises(FileExistsError):
+        record.start("x", {})
+
+
+def test_a_failed_write_keeps_the_last_record_and_leaves_nothing_else(tmp_path, monkeypatch):
+    run = record.start("x", {}, root=tmp_path)
+    before = (run.folder / "record.json").read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=run.folder.name):
+        run.metric(a=2)
+    assert (run.folder / "record.json").read_bytes() == before
+    assert [f.name for f in run.folder.iterdir()] == ["record.json"]
+
+
+def test_a_killed_process_leaves_a_whole_record_that_reads_as_stopped(tmp_path):
+    code = (
+        "import os, sys; from labkit import record\n"
+        "run = record.start('x', {}, root=sys.argv[1]); run.metric(a=1)\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "run.metric(a=2)\n"
+    )
+    assert python(code, tmp_path, WANDB_MODE="disabled").returncode == -9
+    live = record.start("x", {}, root=tmp_path)
+    killed, running = sorted(record.read_runs(tmp_path), key=lambda run: -len(run["metrics"]))
+    assert killed["metrics"] == {"a": 1} and killed["status"] == "stopped"
+    assert running["status"] == "running" == read(live)["status"]
+
+
+def test_a_run_is_closed_from_outside_unless_it_closed_itself(tmp_path):
+    run = record.start("x", {}, root=tmp_path)
+    record.close(run.folder, "x", {}, "interrupted", "SIGTERM")
+    assert (read(run)["status"], read(run)["error"]) == ("interrupted", "SIGTERM")
+    record.close(tmp_path, "y", {"a": 1}, "finished")  # its kernel recorded nothing
+    found = json.loads((tmp_path / "record.json").read_text())
+    assert (found["status"], found["parameters"]) == ("finished", {"a": 1})
+
+
+def test_the_root_is_the_environments_or_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert record.project_root() == tmp_path
+    monkeypatch.setenv("LABKIT_RUNS", str(tmp_path / "else"))
+    assert record.project_root() == tmp_path / "else"
+    (tmp_path / "else").write_text("")
+    with pytest.raises(OSError, match="else"):
+        record.start("x", {})
+
+
+def test_a_broken_record_is_listed_not_fatal(tmp_path):
+    good = record.start("x", {}, root=tmp_path)
+    bad = tmp_path / "runs" / "x" / "20200101-000000-abcdef"
+    bad.mkdir()
+    (bad / "record.json").write_text('{"half')
+    statuses = {run["id"]: run["status"] for run in record.read_runs(tmp_path)}
+    assert statuses == {bad.name: "unreadable", good.folder.name: "running"}
+    assert "unreadable" in report.write(tmp_path).read_text("utf-8")
+
+
+def test_the_report_shows_all_runs_and_escapes_them(tmp_path):
+    for value in (1.0, 2.0):
+        run = record.start("02_lora", {"data": "<b>mine</b>"}, root=tmp_path)
+        run.log({"loss": 3.25}, step=0)
+        run.log({"loss": value}, step=5)
+        run.claim(10, "<i>r = 8</i>", "sweep", 0.95, "holds in part")
+        run.table("samples", [{"answer": "<img src=x>"}])
+        run.finish()
+    page = report.write(tmp_path, tmp_path / "pages" / "all.html").read_text("utf-8")
+    assert "2 runs" in page and "holds in part" in page and "3.25 → 2" in page
+    assert page.count("<polyline") == 2 and page.count("finished") == 2
+    assert not [raw for raw in ("<b>mine", "<i>r = 8", "<img") if raw in page]
+    assert "http" not in page  # the page needs nothing from elsewhere
+
+
+def test_recorded_results_are_read_and_missing_ones_named():
+    assert record.recorded("lora_rank")["runs"]
+    with pytest.raises(FileNotFoundError, match="nothing.json"):
+        record.recorded("nothing")
+
+
+WANDB = """import sys; from labkit import record
+run = record.start('x', {'rank': 8}, root=sys.argv[1])
+run.log({'loss': 1.0}, step=0); run.table('t', [{'a': 1}])
+run.path('sft/w.bin').write_bytes(b'1' * 1000); run.artifact('sft'); run.finish()"""
+
+
+@pytest.mark.parametrize("mode", [{}, {"WANDB_MODE": ""}], ids=["unset", "empty"])
+def test_wandb_stays_offline_silent_and_inside_the_run(tmp_path, mode):
+    # No login, no network, and a home that cannot be written.
+    done = python(WANDB, tmp_path, HOME="/proc/home", HTTPS_PROXY="http://127.0.0.1:9", **mode)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (folder,) = (tmp_path / "runs" / "x").iterdir()
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    weights = [f for f in folder.rglob("*") if f.is_file() and f.stat().st_size == 1000]
+    assert weights == [folder / "sft" / "w.bin"]  # not copied
+    assert not list(folder.rglob("wandb-metadata.json"))
+
+
+def test_an_error_of_wandb_never_ends_a_run(tmp_path):
+    broken = "import wandb\nwandb.Table = wandb.Artifact = None\n"
+    done = python(broken + WANDB, tmp_path)
+    assert done.returncode == 0 and "W&B" in done.stderr
+    broken = "import wandb\nwandb.init = None\n"
+    assert python(broken + WANDB, tmp_path).returncode == 0
+    assert [run["status"] for run in record.read_runs(tmp_path)] == ["finished"] * 2
