@@ -35,7 +35,7 @@ from labkit import models, training
 from labkit.batching import Batch, Example, pack
 from labkit.config import Count, settings
 from labkit.evaluation import Agreement
-from labkit.formats import Row
+from labkit.formats import Row, where
 from labkit.templates import Rendered, renderer, response
 
 logger = logging.getLogger("labkit")
@@ -203,7 +203,7 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
             texts = best_first(row)
             rendered.append([render({"prompt": row["prompt"], "completion": t}) for t in texts])
         except ValueError as error:
-            raise ValueError(f"rows: row {number}: {error}") from error
+            raise ValueError(f"rows: {where(row, number)}: {error}") from error
     return rendered
 
 
