@@ -177,7 +177,7 @@ def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
 def texts(tokenizer: Any, responses: Sequence[Sequence[int]], ends: set[int]) -> list[str]:
     """Token ids as texts, without EOS and special tokens."""
     kept = [ids[:-1] if ids[-1] in ends else ids for ids in responses]
-    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
 
 
 def generate(

@@ -1,147 +1,270 @@
-"""Truths about generation: batching cannot matter, the end stops, nothing is inherited."""
+"""Truths about sampling: batching cannot matter, EOS stops, nothing is inherited, nothing is left."""
 
 import json
 import logging
-import socket
 import threading
+from functools import wraps
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from labkit.generate import generate, generate_server
+from labkit import generate as generation
+from labkit.generate import encode_prompts, generate, generate_server, invert, responses, sample
+from labkit.techniques import lora
 
+LONG, SHORT = [5, 9, 33, 47, 120, 7, 8, 15], [40, 41]
+IDS = [LONG, SHORT, LONG[:5], SHORT + LONG, [3], LONG[2:]]
 PROMPTS = [
-    "<|user|>What does Otto like to eat?<|end|><|assistant|>",
+    "<|user|>What does Otto eat?<|end|><|assistant|>",
     "Mila",
-    "<|user|>小城里有一条河<|end|><|assistant|>",
-    "What is three plus four?",
+    "小城里有一条河",
+    "What is three?",
 ]
+MANY_ENDS = set(range(0, 448, 3))
 
 
-def test_batched_equals_one_by_one(tiny_model, tiny_tokenizer, arch):
+def draw(model, ids, uniforms, ends=frozenset({1}), **options):
+    length = uniforms.shape[1]
+    return sample(model, ids, uniforms=uniforms, max_new_tokens=length, ends=set(ends), **options)
+
+
+def test_the_inverse_by_hand():
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(7, -1)
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.999, 1 - 1e-16], dtype=torch.float64)
+    assert invert(logits, uniforms).tolist() == [0, 0, 2, 2, 3, 3, 3]
+    assert invert(logits, uniforms, temperature=0).tolist() == [2] * 7
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_an_even_grid_gives_the_distribution(tiny_model, temperature):
+    """n evenly spaced uniforms hit a token of probability p in n p of the cases, give or take 1."""
+    model, n = tiny_model(), 2000
+    grid = ((np.arange(n) + 0.5) / n)[:, None]
+    tokens = torch.tensor(draw(model, [LONG] * n, grid, temperature=temperature))[:, 0]
+    p = (model(torch.tensor([LONG])).logits[0, -1] / temperature).softmax(-1)
+    assert (torch.bincount(tokens, minlength=len(p)) - n * p).abs().max() < 1.01
+
+
+def test_greedy_is_that_of_transformers(tiny_model, arch):
     model = tiny_model(arch)
-    alone = [generate(model, tiny_tokenizer, [p], max_new_tokens=12)[0] for p in PROMPTS]
-    together = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12, batch_size=4)
-    by_two = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12, batch_size=2)
-    assert together == alone == by_two
-    assert len(set(alone)) > 1
+    found = sample(model, IDS, max_new_tokens=12, ends=MANY_ENDS, temperature=0)
+    for ids, response in zip(IDS, found, strict=True):
+        options = dict(max_new_tokens=12, eos_token_id=[*MANY_ENDS], pad_token_id=0)
+        expected = model.generate(torch.tensor([ids]), do_sample=False, **options)
+        assert response == expected[0, len(ids) :].tolist()
+    assert len({len(response) for response in found}) > 1
 
 
-def test_greedy_takes_the_most_probable_token_each_time(tiny_model, tiny_tokenizer):
-    model = tiny_model()
-    ids = tiny_tokenizer(PROMPTS[1], return_tensors="pt").input_ids
-    for _ in range(8):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    new = ids[0, -8:].tolist()
-    new = new[: new.index(1)] if 1 in new else new
-    expected = tiny_tokenizer.decode(new, skip_special_tokens=True)
-    assert generate(model, tiny_tokenizer, [PROMPTS[1]], max_new_tokens=8) == [expected]
+def test_samples_do_not_depend_on_their_batch(tiny_model, arch):
+    """Left padding, how batches are cut, and examples that left because they ended."""
+    model, uniforms = tiny_model(arch), np.random.default_rng(0).random((36, 12))
+    alone = [
+        draw(model, [i], u[None], MANY_ENDS)[0] for i, u in zip(IDS * 6, uniforms, strict=True)
+    ]
+    assert draw(model, IDS * 6, uniforms, MANY_ENDS) == alone
+    assert draw(model, IDS * 6, uniforms, MANY_ENDS, batch_size=7) == alone
+    assert len({len(response) for response in alone}) > 3
+    for response in alone:
+        assert not MANY_ENDS & set(response[:-1])
+        assert response[-1] in MANY_ENDS or len(response) == 12
 
 
-def test_nothing_follows_the_end_token(tiny_model, tiny_tokenizer):
-    """A model that can only say "a", or only the end token."""
-    model = tiny_model()
-    a = tiny_tokenizer("a").input_ids[0]
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-        model.lm_head.bias[a] = 9.0
-        assert generate(model, tiny_tokenizer, ["hello"], max_new_tokens=5) == ["aaaaa"]
-        model.lm_head.bias[tiny_tokenizer.eos_token_id] = 99.0
-        assert generate(model, tiny_tokenizer, ["hello"], max_new_tokens=5) == [""]
+def other_models():
+    import transformers as tf
+
+    heads = dict(vocab_size=448, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    window = dict(num_key_value_heads=2, intermediate_size=64, sliding_window=6)
+    return {
+        "no cache of keys": tf.MambaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=2),
+        "no positions": tf.BloomConfig(vocab_size=448, hidden_size=32, n_layer=2, n_head=4),
+        "a window": tf.MistralConfig(**heads, **window),
+    }
+
+
+@pytest.mark.parametrize("kind", ["no cache of keys", "no positions", "a window"])
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_other_kinds(kind):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(other_models()[kind]).eval()
+    nn.init.normal_(model.get_input_embeddings().weight)
+    uniforms = np.random.default_rng(0).random((6, 10))
+    alone = [draw(model, [i], u[None], MANY_ENDS)[0] for i, u in zip(IDS, uniforms, strict=True)]
+    assert draw(model, IDS, uniforms, MANY_ENDS) == alone
+    options = dict(max_new_tokens=10, do_sample=False, eos_token_id=1, pad_token_id=0)
+    expected = model.generate(torch.tensor([LONG]), **options)[0, len(LONG) :]
+    assert sample(model, [LONG], max_new_tokens=10, ends={1}, temperature=0)[0] == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_soft_prompt_or_prefix_is_read_first(tiny_model, arch, kind):
+    """Against the whole model called without a cache at each token."""
+    import peft
+
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_model(arch), settings).eval()
+    responses = sample(model, IDS, max_new_tokens=6, ends={1}, temperature=0)
+    for ids, found in zip(IDS, responses, strict=True):
+        whole = list(ids)
+        for _ in found:
+            inputs = torch.tensor([whole])
+            logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
+            whole.append(int(logits[0, -1].argmax()))
+        assert whole[len(ids) :] == found
+
+
+@pytest.mark.parametrize("pause", [1, 5, 16])
+def test_what_a_gpu_would_do_gives_the_same(tiny_model, monkeypatch, arch, pause):
+    """A full mask, and examples that go on for a while after their EOS."""
+    model, uniforms = tiny_model(arch), np.random.default_rng(0).random((6, 12))
+    expected, masks, forward = draw(model, IDS, uniforms, MANY_ENDS), [], model.forward
+    monkeypatch.setattr(generation, "FULL_MASK", {})
+    monkeypatch.setattr(generation, "STEPS_BETWEEN_CHECKS", {"cpu": pause})
+
+    @wraps(forward)
+    def spy(*args, **kwargs):
+        masks.append(kwargs["attention_mask"].ndim)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    assert draw(model, IDS, uniforms, MANY_ENDS) == expected
+    assert set(masks) == {4}
+
+
+def test_a_full_mask_by_hand():
+    found = generation.full_mask(torch.tensor([[0, 1, 1], [1, 1, 1]]), 3)[:, 0].int().tolist()
+    assert found[0] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself, nobody sees it
+    assert found[1] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_dropout_is_off_and_modes_are_put_back(tiny_model, tiny_tokenizer):
+    model = lora.attach(tiny_model("gpt2"), lora.LoraConfig(rank=4, dropout=0.5)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    frozen = next(module for module in model.modules() if isinstance(module, nn.Dropout))
+    frozen.eval()
+    options = dict(max_new_tokens=12, template="plain")
+    first, again = (responses(model, tiny_tokenizer, PROMPTS, **options) for _ in range(2))
+    assert first == again == responses(model.eval(), tiny_tokenizer, PROMPTS, **options)
+    model.train()
+    frozen.eval()
+    generate(model, tiny_tokenizer, ["Mila"], max_new_tokens=2)
+    assert model.training and not frozen.training
 
 
 def test_the_models_own_sampling_settings_are_not_inherited(tiny_model, tiny_tokenizer):
     model = tiny_model()
     before = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12)
     model.generation_config.repetition_penalty = 50.0
-    model.generation_config.bad_words_ids = [[i] for i in range(10, 300)]
-    settings = model.generation_config
+    model.config.use_cache = False
     assert generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12) == before
-    assert model.generation_config is settings
 
 
-def test_nor_those_of_a_model_with_an_adapter(tiny_model, tiny_tokenizer):
-    from peft import LoraConfig, get_peft_model
-
+def test_eos_of_template_tokenizer_and_model(tiny_model, tiny_tokenizer):
     model = tiny_model()
-    before = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12)
-    model.generation_config.repetition_penalty = 50.0
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    assert generate(adapted, tiny_tokenizer, PROMPTS, max_new_tokens=12) == before
-    assert model.generation_config.repetition_penalty == 50.0
+    model.generation_config.eos_token_id = [1, 4]
+    assert generation.eos_ids(model, tiny_tokenizer) == {1, 4}
+    model.generation_config.eos_token_id = None
+    tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("eos_token", "'<|system|>'")
+    assert generation.eos_ids(model, tiny_tokenizer) == {1, 2}
+    assert generation.eos_ids(model, tiny_tokenizer, "plain") == {1}
 
 
-def test_modes_are_restored_module_by_module(tiny_model, tiny_tokenizer):
-    model = tiny_model().train()
-    model.lm_head.eval()
-    generate(model, tiny_tokenizer, ["Mila"], max_new_tokens=2)
-    assert model.training and not model.lm_head.training
+def test_nothing_follows_the_eos(tiny_model, tiny_tokenizer):
+    """A model that can only say "a", or only the EOS; and an EOS that is an ordinary token."""
+    model, a = tiny_model(), tiny_tokenizer("a").input_ids[0]
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = nn.Parameter(torch.zeros(model.config.vocab_size))
+        model.lm_head.bias[a] = 9.0
+        assert generate(model, tiny_tokenizer, ["hello"], max_new_tokens=5) == ["aaaaa"]
+        model.generation_config.eos_token_id = a
+        assert generate(model, tiny_tokenizer, ["hello"], max_new_tokens=5) == [""]
+        model.lm_head.bias[tiny_tokenizer.eos_token_id] = 99.0
+        assert generate(model, tiny_tokenizer, ["hello"], max_new_tokens=5) == [""]
 
 
 def test_a_seed_repeats_samples_and_leaves_the_global_state(tiny_model, tiny_tokenizer):
-    model = tiny_model()
-    state = torch.get_rng_state()
+    model, state = tiny_model(), torch.get_rng_state()
+    options = dict(temperature=1.0, max_new_tokens=12)
     first, again, other = (
-        generate(model, tiny_tokenizer, PROMPTS, temperature=1.0, max_new_tokens=12, seed=s)
-        for s in (1, 1, 2)
+        generate(model, tiny_tokenizer, PROMPTS, seed=seed, batch_size=size, **options)
+        for seed, size in ((1, 64), (1, 2), (2, 64))
     )
     assert first == again != other
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_samples_follow_the_models_distribution(tiny_model, tiny_tokenizer):
-    """Two thirds "a", one third "b": with 600 draws the share lies within 4 deviations."""
-    model = tiny_model()
-    a, b = tiny_tokenizer("a").input_ids[0], tiny_tokenizer("b").input_ids[0]
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -99.0))
-        model.lm_head.bias[a], model.lm_head.bias[b] = 0.693147, 0.0
-    said = generate(
-        model,
-        tiny_tokenizer,
-        ["x"] * 600,
-        temperature=1.0,
-        max_new_tokens=1,
-        batch_size=600,
-        seed=0,
+def test_responses_are_texts_in_order_with_random_numbers_of_their_own(tiny_model, tiny_tokenizer):
+    model, options = tiny_model(), dict(each=3, max_new_tokens=6, template="plain")
+    found, again, other = (
+        responses(model, tiny_tokenizer, ["Mila lives", "小城里"], seed=seed, **options)
+        for seed in (1, 1, 2)
     )
-    assert set(said) == {"a", "b"}
-    assert said.count("a") / 600 == pytest.approx(2 / 3, abs=4 * (2 / 9 / 600) ** 0.5)
+    assert [len(texts) for texts in found] == [3, 3] and len({*found[0], *found[1]}) > 3
+    assert again == found != other
 
 
 def test_prompts_longer_than_the_context_lose_their_beginning(tiny_model, tiny_tokenizer, caplog):
-    model = tiny_model("gpt2")
-    long = "river " * 400
+    model, long = tiny_model("gpt2"), "river " * 400
     kept = tiny_tokenizer.decode(tiny_tokenizer(long).input_ids[-(256 - 4) :])
     with caplog.at_level(logging.WARNING, "labkit"):
         got = generate(model, tiny_tokenizer, [long, "Mila"], max_new_tokens=4)
-    assert "1 of 2 prompts" in caplog.text
+    assert "1 of 2" in caplog.text
     assert got[0] == generate(model, tiny_tokenizer, [kept], max_new_tokens=4)[0]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "name"),
     [
-        ({"prompts": "one"}, "prompts.*list"),
-        ({"prompts": ["fine", ""]}, "prompt 1 is empty"),
+        ({"prompts": "one"}, "prompts"),
+        ({"prompts": ["fine", ""]}, "prompt 2"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": 256}, "max_new_tokens.*context of 256"),
+        ({"max_new_tokens": 256}, "max_new_tokens"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"top_k": -1}, "top_k"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
-def test_bad_arguments_are_named(tiny_model, tiny_tokenizer, change, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments_are_named(tiny_model, tiny_tokenizer, change, name):
+    assert generate(tiny_model(), tiny_tokenizer, []) == []
+    with pytest.raises(ValueError, match=name):
         generate(tiny_model(), tiny_tokenizer, **{"prompts": ["Mila"], **change})
 
 
-def test_no_prompts_give_no_responses(tiny_model, tiny_tokenizer):
-    assert generate(tiny_model(), tiny_tokenizer, []) == []
+def test_prompts_in_their_template(tiny_model, tiny_tokenizer):
+    turns = [{"role": "user", "content": "Hello"}]
+    answered = [*turns, {"role": "assistant", "content": "Good day."}]
+    rows = ["Hello", {"prompt": "Hello", "note": 3}, {"prompt": turns}, {"messages": answered}]
+    found = encode_prompts(rows, tiny_model(), tiny_tokenizer, "auto", 8)
+    text = "<|user|>Hello<|end|><|assistant|>"
+    assert {prompt.text for prompt in found} == {text}
+    assert {tiny_tokenizer.decode(prompt.ids) for prompt in found} == {text}
+    assert [prompt.content for prompt in found] == ["Hello", "Hello", turns, turns]
+    assert found[0].row == {"prompt": "Hello"} and found[1].row is rows[1]
+    assert encode_prompts(found, tiny_model(), tiny_tokenizer, "auto", 8) == found
+
+
+@pytest.mark.parametrize(
+    ("prompts", "name"),
+    [
+        ([], "prompts"),
+        ("Hello", "prompts"),
+        (["a", 3], "prompt 2"),
+        ([{"text": "a"}], "prompt 1"),
+        (["a", "long " * 300], "prompt 2"),
+        ([""], "prompt 1"),
+    ],
+)
+def test_prompts_that_cannot_work(tiny_model, tiny_tokenizer, prompts, name):
+    with pytest.raises(ValueError, match=name):
+        encode_prompts(prompts, tiny_model(), tiny_tokenizer, "plain", 8)
 
 
 @pytest.fixture
@@ -178,21 +301,15 @@ def server(monkeypatch):
     httpd.server_close()
 
 
-def test_server_answers_in_order_with_key_and_settings(server, monkeypatch):
+def test_a_server_answers_in_order_with_key_and_settings(server, monkeypatch):
     monkeypatch.setenv("LAB_KEY", "k-123")
-    prompts = [f"p{i}" for i in range(20)]
-    got = generate_server(
-        server.url, "m", prompts, max_new_tokens=7, temperature=0.5, seed=3, api_key_env="LAB_KEY"
-    )
-    assert got == [f"<{p}>" for p in prompts]
+    prompts, options = [f"p{i}" for i in range(20)], dict(max_new_tokens=7, temperature=0.5, seed=3)
+    server.statuses = [503, 429]  # busy, so tried again
+    found = generate_server(server.url, "m", prompts, api_key_env="LAB_KEY", **options)
+    assert found == [f"<{p}>" for p in prompts]
     path, body, key = server.seen[0]
     assert path == "/v1/completions" and key == "Bearer k-123"
-    assert (body["model"], body["max_tokens"], body["temperature"], body["seed"]) == (
-        "m",
-        7,
-        0.5,
-        3,
-    )
+    assert body.items() >= {"model": "m", "max_tokens": 7, "temperature": 0.5, "seed": 3}.items()
 
 
 def test_no_key_is_sent_when_none_is_set(server, monkeypatch):
@@ -201,33 +318,19 @@ def test_no_key_is_sent_when_none_is_set(server, monkeypatch):
     assert server.seen[0][0] == "/v1/completions" and server.seen[0][2] is None
 
 
-def test_a_busy_server_is_asked_again(server):
-    server.statuses = [503, 429]
-    assert generate_server(server.url, "m", ["p"]) == ["<p>"]
-
-
-@pytest.mark.parametrize("statuses", [[404], [302], [503] * 3, [401]])
-def test_error_answers_are_told_without_the_key(server, monkeypatch, statuses):
+@pytest.mark.parametrize(
+    ("statuses", "raw"),
+    [([404], None), ([302], None), ([503] * 3, None), ([], b"<html>"), ([], b'{"choices": []}')],
+)
+def test_answers_that_cannot_be_used(server, monkeypatch, statuses, raw):
+    """The key is not told, and goes to no other address."""
     monkeypatch.setenv("OPENAI_API_KEY", "k-secret")
-    server.statuses = list(statuses)
-    with pytest.raises(ConnectionError, match=f"answered {statuses[0]}") as error:
+    server.statuses, server.raw = list(statuses), raw
+    with pytest.raises(ConnectionError, match="base_url") as error:
         generate_server(server.url, "m", ["p"])
-    assert "k-secret" not in str(error.value)
-    assert len(server.seen) == len(statuses)
+    assert "k-secret" not in str(error.value) and len(server.seen) == max(1, len(statuses))
 
 
-@pytest.mark.parametrize("raw", [b"<html>", b'{"choices": []}'])
-def test_answers_of_another_kind_are_refused(server, raw):
-    server.raw = raw
-    with pytest.raises(ConnectionError, match="OpenAI-compatible"):
-        generate_server(server.url, "m", ["p"])
-
-
-def test_nobody_listening_is_told():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}"):
-        generate_server(f"http://127.0.0.1:{port}/v1", "m", ["p"] * 3)
+def test_an_address_of_another_kind():
     with pytest.raises(ValueError, match="base_url"):
-        generate_server("localhost:8000", "m", ["p"])
+        generate_server("file:///etc/passwd", "m", ["p"])

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from labkit import models
-from labkit.techniques import critic_free
+from labkit.techniques import critic_free, lora
 from labkit.techniques.critic_free import CriticFreeConfig
 
 PROMPTS = ["Mila lives", "What does Otto like to eat?", "小城里", "three plus four"]
-SMALL = dict(steps=2, batch_size=8, minibatch_size=4, generations=4, max_new_tokens=6,
-             template="plain")  # fmt: skip
+SIZES = dict(steps=2, batch_size=8, minibatch_size=4, generations=4, max_new_tokens=6)
+SMALL = dict(SIZES, template="plain")
 
 
 def test_advantages_by_hand():
@@ -110,20 +110,58 @@ def test_a_begin_token_stands_once(tiny_folder, make_tokenizer):
     assert counts.tolist() == [1] * len(counts)
 
 
+@pytest.mark.parametrize("method", critic_free.METHODS)
+@pytest.mark.parametrize("kind", ["trained in place", "made in memory", "LoRA"])
+def test_the_reference_is_the_model_as_it_comes(
+    tiny_folder, tiny_model, tiny_tokenizer, method, kind
+):
+    """KL before any update is 0; afterwards nothing but weights has changed, dropout included."""
+    model = tiny_model("gpt2") if kind == "made in memory" else models.load(tiny_folder("gpt2"))[0]
+    if kind == "LoRA":
+        model = lora.attach(model, lora.LoraConfig(rank=2))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(0.5)
+    config = CriticFreeConfig(method, **SMALL, beta=0.1, learning_rate=1e-9)
+
+    def state():
+        dropout = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        modes = [(m.training, "forward" in vars(m)) for m in model.modules()]
+        configs = (model.config.to_dict(), models.base_model(model).generation_config.to_dict())
+        return dropout, modes, configs, [name for name, _ in model.named_parameters()]
+
+    before = state()
+    history = critic_free.train(model, tiny_tokenizer, PROMPTS, lambda p, r: [0.0] * len(r), config)
+    assert all(abs(entry["kl"]) < 1e-5 for entry in history) and len(history) == 2
+    assert state() == before
+
+
+def test_a_response_ends_where_the_template_ends_it(tiny_model, tiny_tokenizer, monkeypatch):
+    """Also where the tokenizer's EOS is another token, as in base models with a chat template."""
+    import trl
+
+    given, real = [], trl.RLOOTrainer.__init__
+    monkeypatch.setattr(
+        trl.RLOOTrainer, "__init__", lambda self, **k: given.append(real(self, **k) or self)
+    )
+    template = tiny_tokenizer.chat_template.replace("eos_token", "'<|system|>'")
+    tiny_tokenizer.chat_template = template
+    config = CriticFreeConfig(**{**SIZES, "steps": 1})
+    critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, lambda p, r: [0.0] * len(r), config)
+    assert set(given[0].eos_token_ids) == {1, 2}
+
+
 def test_a_reward_that_fails_names_the_text(tiny_folder):
     model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
-    with pytest.raises(
-        ValueError, match="expected a finite number, got nan; prompt '.*', response"
-    ):
-        critic_free.train(model, tokenizer, PROMPTS, lambda p, r: [float("nan")] * len(r),
-                          CriticFreeConfig(**SMALL))  # fmt: skip
+    config = CriticFreeConfig(**SMALL)
+    with pytest.raises(ValueError, match="prompt '.*', response"):
+        critic_free.train(model, tokenizer, PROMPTS, lambda p, r: [float("nan")] * len(r), config)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("method", "ppo"), ("steps", 0), ("generations", 1), ("generations", 3),
-     ("minibatch_size", 3), ("learning_rate", 0), ("beta", -1), ("template", "x")],
-)  # fmt: skip
-def test_settings_that_cannot_work(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
-        CriticFreeConfig(**{**SMALL, name: value})
+    "setting",
+    [dict(method="ppo"), dict(steps=0), dict(generations=1), dict(generations=3)]
+    + [dict(minibatch_size=3), dict(learning_rate=0), dict(beta=-1), dict(template="x")],
+)
+def test_settings_that_cannot_work(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        CriticFreeConfig(**{**SMALL, **setting})
