@@ -1,8 +1,8 @@
 """A reward model on real preferences, from nothing but a file of them: is it better than chance?
 
-The file holds pairs in any format that `labkit.data` knows, such as hh-rlhf's transcripts. Rows
-that begin with the same question stay together; each of the folds is held out once, so every pair
-is judged by a model that has not seen it. In each fold everything is made from the other folds:
+The file holds one pair per line, JSON in any format that `labkit.data` knows, such as hh-rlhf's
+transcripts. Rows that begin with the same question stay together; each of the folds is held out
+once, so every pair is judged by a model that has not seen it. In each fold everything is made from the other folds:
 a tokenizer, a language model of the embedded architecture that has read the chosen transcripts,
 and the reward model on top of it. Rows that cannot be learned from (an empty response, equal
 responses) are left out and counted. The baseline is "the shorter response is better".
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import common
+import pandas
 import sweep
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -63,7 +64,8 @@ def language_model(rows: Sequence[Row], point: Row) -> tuple[Any, Any, float]:
 
 def measure(point: Row) -> Row:
     """One fold: everything trained on the others, and scored on this one."""
-    rows = usable(data.convert(data.read(point["data"]), point["data"]))[: point["limit"] or None]
+    pairs = pandas.read_json(point["data"], lines=True, dtype=False).to_dict("records")
+    rows = usable(data.convert(pairs, point["data"]))[: point["limit"] or None]
     held_out = [row for row in rows if fold_of(row, point["folds"]) == point["fold"]]
     train = [row for row in rows if fold_of(row, point["folds"]) != point["fold"]]
     model, tokenizer, reading_loss = language_model(train, point)
@@ -73,9 +75,10 @@ def measure(point: Row) -> Row:
     )
     learned, result = reward.train(model, tokenizer, train, config, progress=False)
     margins = reward.evaluate(learned, held_out).margins
-    pairs = map(reward.best_first, held_out)
     found = {"rows": len(rows), "train_rows": len(train), "test_rows": len(held_out)}
-    found |= {"shorter": sum(len(best) < len(worst) for best, worst in pairs)}
+    found |= {
+        "shorter": sum(len(best) < len(worst) for best, worst in map(reward.best_first, held_out))
+    }
     found |= {"reading_loss": reading_loss, "margins": [round(margin, 5) for margin in margins]}
     return found | common.results(result)
 

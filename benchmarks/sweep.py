@@ -154,7 +154,8 @@ def compare(new: Path, recorded: Path) -> None:
         point = {name: row[name] for name in fields}
         alike = [r for r in before if point.items() <= (r | {"seed": point.get("seed")}).items()]
         same = next((r for r in alike if point.items() <= r.items()), {})
-        print(", ".join(f"{name}={value}" for name, value in point.items()))
+        label = ", ".join(f"{name}={value}" for name, value in point.items())
+        print(label if same else f"{label}: not recorded")
         for name in (n for n, value in row.items() if type(value) in (int, float)):
             if name in same and name not in fields and not name.endswith("seconds"):
                 values = [r[name] for r in alike]

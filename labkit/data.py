@@ -13,25 +13,26 @@ import logging
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .formats import Row, convert, where
-from .templates import render, renderer, response
+from .templates import TEMPLATES, render, renderer, response
 
 if TYPE_CHECKING:  # torch, which it imports, takes a second
     from .batching import Example
 
-__all__ = ["REGISTERED", "Encoded", "convert", "encode", "load", "render"]
+__all__ = ["REGISTERED", "TEMPLATES", "Encoded", "convert", "encode", "load", "render"]
 
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _FILES = "a file ending in .json, .jsonl, .ndjson, .csv, .tsv (each also .gz) or .parquet"
+_Reader = Callable[[str], Iterable[Row]]
 
 
 class Registered(NamedTuple):
@@ -122,7 +123,7 @@ def _read(path: Path) -> list[Row]:
             options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
             with fsspec.open(str(path), "rt", **options) as file:
                 text = file.read()
-            readers = {"json": _json, "csv": _table, "tsv": partial(_table, delimiter="\t")}
+            readers: dict[str, _Reader] = {"json": _json, "csv": _table, "tsv": _table}
             rows = list(readers.get(kind, _lines)(text))
     except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
         raise ValueError(f"data: {path}: {error}") from error
@@ -131,13 +132,13 @@ def _read(path: Path) -> list[Row]:
     return rows
 
 
-def _json(text: str) -> list[Row]:
+def _json(text: str) -> Iterable[Row]:
     """A list of objects, or one with such a list as `data` or `train`, or JSON lines (BELLE)."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[0] == "{":
-            return list(_lines(text))
+            return _lines(text)
         raise
     if isinstance(value, dict):
         parts = [key for key in ("data", "train", *_HELD_OUT) if isinstance(value.get(key), list)]
@@ -162,8 +163,9 @@ def _lines(text: str) -> Iterator[Row]:
             yield row
 
 
-def _table(text: str, delimiter: str = ",") -> Iterator[Row]:
+def _table(text: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     names = reader.fieldnames or []
     if len(set(names)) < len(names):

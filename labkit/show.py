@@ -77,16 +77,14 @@ class MaskView:
         self.examples = examples
 
     def _repr_html_(self) -> str:
-        spans = (
-            [
-                _tag("span", escape(t).replace("\n", "⏎<br>").replace(" ", "&nbsp;"), _MASKS[loss])
-                for t, loss in line
-            ]
-            for line in ([("no loss", False), ("loss", True)], *self.examples)
-        )
-        return "".join(
-            _tag("p", "".join(line), "line-height:1.9;text-align:left") for line in spans
-        )
+        def colored(text: str, loss: bool) -> str:
+            return _tag(
+                "span", escape(text).replace("\n", "⏎<br>").replace(" ", "&nbsp;"), _MASKS[loss]
+            )
+
+        lines = [[("no loss", False), ("loss", True)], *self.examples]
+        spans = ("".join(colored(text, loss) for text, loss in line) for line in lines)
+        return "".join(_tag("p", line, "line-height:1.9;text-align:left") for line in spans)
 
     def __repr__(self) -> str:
         lines = ("".join(f"[{t}]" if loss else t for t, loss in line) for line in self.examples)

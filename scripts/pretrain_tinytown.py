@@ -3,7 +3,7 @@
     python scripts/pretrain_tinytown.py --out DIR
 
 reproduces `labkit/tinytown/base` in under an hour on two cores (or on a GPU, in a few minutes).
-Killed runs go on from the last checkpoint when started again with the same `--out`; `--steps card`
+Killed runs go on from the last checkpoint when started again with the same `--out`; `--stages card`
 writes the card of a checkpoint anew. The loop is bare PyTorch because it is the one place where
 nothing but throughput counts; fine-tuning goes through `labkit.training`.
 """
@@ -157,7 +157,7 @@ def pretrain(out: Path, args: argparse.Namespace) -> None:
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "perplexity": evaluation.perplexity_by(model.float().cpu(), tokenizer, genre_samples(60)),
     }
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "steps")}
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "stages")}
     (out / "pretraining.json").write_text(json.dumps(facts | options, indent=1) + "\n")
 
 
@@ -182,12 +182,13 @@ def ask(out: Path) -> None:
     """
     from peft import LoraConfig, get_peft_model
 
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     runs = [{"method": "base", "rows": 0, "epochs": 0} | accuracies(*models.load(str(out)))]
     for method, rate in (("full", 5e-4), ("lora", 4e-3)):
         for rows in (1500, 3000, 6000):
             model, tokenizer = models.load(str(out))
             if method == "lora":
-                lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+                torch.manual_seed(0)  # of the matrices A
                 model = get_peft_model(model, lora)
             examples = data.encode(instruction_rows("train", rows), tokenizer, max_length=256)
             config = training.TrainConfig(learning_rate=rate, epochs=1.0, batch_size=16)
@@ -256,8 +257,8 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    steps = ["train", "ask", "card"]
-    p.add_argument("--steps", nargs="+", choices=steps, default=steps, help="default: all")
+    stages = ["train", "ask", "card"]
+    p.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all")
     p.add_argument("--cycles", type=int, nargs="+", default=[1400, 2400], help="steps of each")
     p.add_argument("--rows", type=int, default=16, help="blocks per step")
     p.add_argument("--length", type=int, default=256, help="tokens per block")
@@ -271,11 +272,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if "train" in args.steps:
+    if "train" in args.stages:
         pretrain(args.out, args)
-    if "ask" in args.steps:
+    if "ask" in args.stages:
         ask(args.out)
-    if "card" in args.steps:
+    if "card" in args.stages:
         write_card(args.out)
 
 

@@ -38,11 +38,10 @@ from labkit.batching import Example
 from labkit.config import Count, Natural, NonNegative, Positive, Probability, settings
 from labkit.generate import encode_prompts
 from labkit.logprobs import masked_mean, masked_whiten
-from labkit.progress import Line
+from labkit.progress import Line, check_finite
 from labkit.techniques import rollout as rollouts
 from labkit.techniques.rollout import PolicyWithValue, Reward, Rollout, rollout
 from labkit.templates import Row
-from labkit.training import check_finite
 
 logger = logging.getLogger("labkit")
 

@@ -60,18 +60,18 @@ def exactly(completion: str, *others: str) -> Row:
 
 def question(d: Draw) -> Row:
     """About a resident or a place: the value is right, and any true sentence that states it."""
-    it = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
-    asked = d.one_of(it.questions(d.lang, d.phrasing))
-    about = {"subject": it.subject.en, "attribute": it.attribute, "phrasing": asked["phrasing"]}
-    return about | asked | d.answer(it.value[d.lang], *it.statements(d.lang))
+    fact = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
+    prompt = d.one_of(fact.questions(d.lang, d.phrasing))
+    row = {"subject": fact.subject.en, "attribute": fact.attribute, "phrasing": prompt["phrasing"]}
+    return row | prompt | d.answer(fact.value[d.lang], *fact.statements(d.lang))
 
 
 def truth(d: Draw) -> Row:
     """A claim about a resident, to be called true or false."""
-    it = world().any_fact(d.rng, d.people)
-    claim, true = d.rng.choice(claims(d.rng, it, d.lang))
-    about = {"subject": it.subject.en, "attribute": it.attribute}
-    return about | d.ask(claim) | d.answer(d.labels()["yes" if true else "no"])
+    fact = world().any_fact(d.rng, d.people)
+    claim, true = d.rng.choice(claims(d.rng, fact, d.lang))
+    row = {"subject": fact.subject.en, "attribute": fact.attribute}
+    return row | d.ask(claim) | d.answer(d.labels()["yes" if true else "no"])
 
 
 def who(d: Draw) -> Row:
@@ -84,8 +84,8 @@ def who(d: Draw) -> Row:
 
 def sentiment(d: Draw) -> Row:
     label = d.rng.choice(["positive", "negative"])
-    asked = d.ask(review_text(d.rng, d.lang, label))
-    return asked | d.answer(d.labels()[label])
+    prompt = d.ask(review_text(d.rng, d.lang, label))
+    return prompt | d.answer(d.labels()[label])
 
 
 def translation(d: Draw) -> Row:
@@ -101,8 +101,8 @@ def arithmetic(d: Draw) -> Row:
 
 
 def polite(d: Draw) -> Row:
-    rude, kind = request_pair(d.rng, d.lang)
-    return d.ask(rude) | exactly(kind)
+    rude, courteous = request_pair(d.rng, d.lang)
+    return d.ask(rude) | exactly(courteous)
 
 
 def listing(d: Draw) -> Row:
