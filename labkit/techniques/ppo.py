@@ -38,7 +38,7 @@ from labkit.batching import Example
 from labkit.config import Count, Natural, NonNegative, Positive, Probability, settings
 from labkit.generate import encode_prompts
 from labkit.logprobs import masked_mean, masked_whiten
-from labkit.progress import Line
+from labkit.progress import Line, check_finite
 from labkit.techniques.rollout import (
     PolicyWithValue,
     Reward,
@@ -52,7 +52,6 @@ from labkit.techniques.rollout import (
     rollout,
 )
 from labkit.templates import Row
-from labkit.training import check_finite
 
 logger = logging.getLogger("labkit")
 
