@@ -1,18 +1,18 @@
-"""How fast labkit's PPO is on a CPU, beside the last PPO that TRL had.
+"""How fast labkit's PPO is on a CPU, next to the last PPO that TRL had.
 
-Arms, interleaved, each run in a process of its own with the same model (the embedded base after a
-short SFT, made here), prompts, greatest length, reward, passes and minibatches:
+Conditions, interleaved, each run in a process of its own with the same model (the embedded base
+after a short SFT, made here), prompts, greatest length, reward, epochs and minibatches:
 
     labkit        labkit.techniques.ppo
     trl           PPOTrainer of TRL 1.9, tuned by its flags: no gradient checkpointing, bfloat16
-                  where the processor has it (`--trl-precision`), all rows sampled at once
+                  where the processor has it (`--trl-precision`), all examples sampled at once
     trl_defaults  the same with TRL's defaults for those three (`--defaults`)
 
 TRL's comes with its own environment, installed here by pip. The reward is a function of texts:
-how like the row's answer a response is (difflib, from -1 to 1). Times are of whole steps (sample,
-reward, score, update) without loading and the first step; ratios are medians over rounds. Both
-learn: the curves are means over rounds, each with its own seed. labkit's policy and value share a
-backbone; `--separate` gives it a critic of its own, as TRL's has.
+how similar a response is to the row's answer (difflib, from -1 to 1). Times are of whole steps
+(sample, reward, score, update) without loading and the first step; ratios are medians over
+rounds. Both learn: the curves are means over rounds, each with its own seed. labkit's policy and
+value share a backbone; `--separate` gives it a critic of its own, as TRL's has.
 
 Needs a quiet machine: `python benchmarks/ppo_cpu.py --json out.json`, about 15 minutes.
 """
@@ -33,30 +33,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE"):
+    os.environ.setdefault(name, "1")
+os.environ |= {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 
 TRL = "trl==1.9.*"
 MARK = "RESULT "
 STAGES = ("sample", "reward", "score", "update")
+SETTINGS = {  # defaults of the command line
+    "steps": 12,  # of a run, the first untimed
+    "batch": 64,  # episodes per step
+    "minibatch": 32,
+    "epochs": 4,
+    "tokens": 48,  # greatest length of a response
+    "rate": 1e-4,
+    "beta": 0.05,
+    "threads": 0,  # as many as torch takes
+}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help="of a run, the first untimed")
-    parser.add_argument("--batch", type=int, default=64, help="episodes a step")
-    parser.add_argument("--minibatch", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=48, help="greatest length of a response")
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--beta", type=float, default=0.05)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
+    for name, value in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--trl-precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--defaults", action="store_true", help="also TRL's defaults")
-    parser.add_argument("--separate", action="store_true", help="also labkit, critic apart")
+    parser.add_argument("--separate", action="store_true", help="also labkit with its own critic")
     folder = Path(tempfile.gettempdir()) / "labkit-ppo-benchmark"
     parser.add_argument("--folder", type=Path, default=folder, help="environment and model")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -64,7 +67,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def likeness(expected: str, response: str) -> float:
+def similarity(expected: str, response: str) -> float:
     """The reward: 1 for the answer itself, -1 for nothing in common."""
     return 2 * difflib.SequenceMatcher(None, expected, response, autojunk=False).ratio() - 1
 
@@ -76,77 +79,79 @@ def run_labkit(job: dict[str, Any]) -> dict[str, Any]:
     from labkit import models
     from labkit.techniques import ppo
 
+    def reward(prompts, responses, rows):
+        answers = (row["completion"] for row in rows)
+        return [similarity(a, r) for a, r in zip(answers, responses, strict=True)]
+
     model, tokenizer = models.load(job["model"])
-    answers = {row["prompt"]: row["completion"] for row in job["rows"]}
-
-    def reward(prompts, responses):
-        return [likeness(answers[p], r) for p, r in zip(prompts, responses, strict=True)]
-
-    config = ppo.PPOConfig(
-        steps=job["steps"], batch_size=job["batch"], minibatch_size=job["minibatch"],
-        epochs=job["epochs"], max_new_tokens=job["tokens"], learning_rate=job["rate"],
-        beta=job["beta"], seed=job["seed"], separate_critic=job["arm"] == "labkit_separate",
-    )  # fmt: skip
-    ends: list[float] = []
-    result = ppo.train(
-        model, tokenizer, job["rows"], reward, config, progress=False,
-        log=lambda metrics, step: ends.append(time.perf_counter()),
-    )  # fmt: skip
-    stages = {s: sum(e[f"seconds_{s}"] for e in result.history[1:]) for s in STAGES}
-    curve = [entry["reward"] for entry in result.history]
-    kl = [entry["kl_k1"] for entry in result.history]
+    sizes = {"batch_size": job["batch"], "minibatch_size": job["minibatch"], "steps": job["steps"]}
+    sizes |= {"epochs": job["epochs"], "max_new_tokens": job["tokens"], "seed": job["seed"]}
+    weights = {"learning_rate": job["rate"], "beta": job["beta"]}
+    separate, ends = job["condition"] == "labkit_separate", []
+    config = ppo.PPOConfig(separate_critic=separate, **weights, **sizes)
+    options = {"progress": False, "log": lambda metrics, step: ends.append(time.perf_counter())}
+    history = ppo.train(model, tokenizer, job["rows"], reward, config, **options).history
+    stages = {s: sum(entry[f"seconds_{s}"] for entry in history[1:]) for s in STAGES}
+    curve, kl = ([entry[name] for entry in history] for name in ("reward", "kl_k1"))
     return {"ends": ends, "curve": curve, "kl": kl, "stages": stages}
 
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     import torch
+    import transformers
     from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        TrainerCallback,
-    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-                         for _ in range(2))  # fmt: skip
-    value = AutoModelForSequenceClassification.from_pretrained(
-        job["model"], num_labels=1, dtype=torch.float32
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], padding_side="left")
+    causal = transformers.AutoModelForCausalLM
+    policy, reference = (causal.from_pretrained(job["model"], dtype=torch.float32) for _ in "pr")
+    classifier = transformers.AutoModelForSequenceClassification
+    value = classifier.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
     torch.nn.init.zeros_(value.score.weight)
     ids = [tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in job["rows"]]
     answers = [row["completion"] for row in job["rows"]]
     reward = text_reward(tokenizer, dict(zip(map(tuple, ids), answers, strict=True)))
-    tuned = {"gradient_checkpointing": False, "local_rollout_forward_batch_size": job["batch"]}
-    if job["arm"] == "trl" and job["trl_precision"] == "bf16":
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its flag bf16 alone changes nothing
+    options = {}
+    if job["condition"] == "trl":
+        options = {
+            "gradient_checkpointing": False,
+            "local_rollout_forward_batch_size": job["batch"],
+        }
+        if job["trl_precision"] == "bf16":
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its flag bf16 alone changes nothing
     ends: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             ends.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory() as folder:
-        # gradient_accumulation_steps stays 1, or there would be one optimizer step a pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         args = PPOConfig(
-            output_dir=folder, use_cpu=True, report_to="none", save_strategy="no", seed=job["seed"],
-            per_device_train_batch_size=job["batch"], gradient_accumulation_steps=1,
-            num_mini_batches=job["batch"] // job["minibatch"], num_ppo_epochs=job["epochs"],
-            total_episodes=job["steps"] * job["batch"], response_length=job["tokens"],
-            stop_token="eos", temperature=1.0, missing_eos_penalty=1.0, kl_coef=job["beta"],
-            learning_rate=job["rate"], adam_epsilon=1e-5, num_sample_generations=0,
-            disable_tqdm=True, **(tuned if job["arm"] == "trl" else {}),
-        )  # fmt: skip
-        trainer = PPOTrainer(
-            args, tokenizer, policy, reference, reward, Dataset.from_dict({"input_ids": ids}),
-            value, callbacks=[Clock()],
-        )  # fmt: skip
-        with contextlib.redirect_stdout(sys.stderr):
-            trainer.train()
-    size = job["batch"]
-    seen = reward.backbone.seen
+            output_dir=folder,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            num_sample_generations=0,
+            seed=job["seed"],
+            per_device_train_batch_size=job["batch"],
+            gradient_accumulation_steps=1,  # or there would be one optimizer step per epoch
+            num_mini_batches=job["batch"] // job["minibatch"],
+            num_ppo_epochs=job["epochs"],
+            total_episodes=job["steps"] * job["batch"],
+            response_length=job["tokens"],
+            stop_token="eos",
+            temperature=1.0,
+            missing_eos_penalty=1.0,
+            kl_coef=job["beta"],
+            learning_rate=job["rate"],
+            adam_epsilon=1e-5,
+            **options,
+        )
+        rows, models = Dataset.from_dict({"input_ids": ids}), (policy, reference, reward)
+        trainer = PPOTrainer(args, tokenizer, *models, rows, value, callbacks=[Clock()])
+        trainer.train()
+    size, seen = job["batch"], reward.backbone.seen
     curve = [statistics.fmean(seen[i : i + size]) for i in range(0, len(seen), size)]
     kl = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")}
@@ -154,7 +159,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_reward(tokenizer, answers: dict[tuple[int, ...], str]):
-    """A reward of texts in the shape of the model that PPOTrainer asks for."""
+    """A reward of texts in the shape of the model that PPOTrainer expects."""
     import torch
 
     class Backbone(torch.nn.Module):
@@ -169,19 +174,18 @@ def text_reward(tokenizer, answers: dict[tuple[int, ...], str]):
                 row = row[next(i for i, token in enumerate(row) if token != 0) :]
                 start = row.index(self.assistant) + 1
                 response = tokenizer.decode(row[start:], skip_special_tokens=True)
-                rewards.append(likeness(answers[tuple(row[:start])], response))
+                rewards.append(similarity(answers[tuple(row[:start])], response))
             self.seen += rewards
             values = torch.tensor(rewards)[:, None, None].expand(*input_ids.shape, 1)
             return type("Output", (), {"hidden_states": [values]})
 
-    class Reward(torch.nn.Module):
-        base_model_prefix = "backbone"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.score = Backbone(), torch.nn.Identity()
-
-    return Reward()
+    reward = torch.nn.Module()
+    reward.base_model_prefix, reward.backbone, reward.score = (
+        "backbone",
+        Backbone(),
+        torch.nn.Identity(),
+    )
+    return reward
 
 
 def work(file: str) -> None:
@@ -191,13 +195,11 @@ def work(file: str) -> None:
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     started = time.perf_counter()
-    result = (run_labkit if job["arm"].startswith("labkit") else run_trl)(job)
-    seconds = result["ends"][-1] - result["ends"][0]
-    episodes = (len(result["ends"]) - 1) * job["batch"]
-    result |= {"episodes_per_second": episodes / seconds, "threads": torch.get_num_threads()}
-    result |= {"seconds": time.perf_counter() - started}
-    del result["ends"]
-    print(MARK + json.dumps(result), flush=True)
+    result = (run_labkit if job["condition"].startswith("labkit") else run_trl)(job)
+    ends = result.pop("ends")
+    speed = (len(ends) - 1) * job["batch"] / (ends[-1] - ends[0])
+    result |= {"episodes_per_second": speed, "threads": torch.get_num_threads()}
+    print(MARK + json.dumps(result | {"seconds": time.perf_counter() - started}), flush=True)
 
 
 # What they share: an environment for TRL, a model, rows
@@ -205,14 +207,14 @@ def work(file: str) -> None:
 
 def environment(folder: Path) -> Path:
     """The Python of an environment with TRL 1.9 and this one's torch and transformers."""
-    python = folder / "trl" / "bin" / "python"
-    if not (folder / "trl" / "installed").exists():
+    python, done = folder / "trl" / "bin" / "python", folder / "trl" / "installed"
+    if not done.exists():
         print(f"installing {TRL} into {folder / 'trl'}", flush=True)
-        pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
-                for name in ("torch", "transformers")]  # fmt: skip
+        version = importlib.metadata.version
+        pins = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
         subprocess.run([sys.executable, "-m", "venv", folder / "trl"], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", TRL, *pins], check=True)
-        (folder / "trl" / "installed").touch()
+        done.touch()
     return python
 
 
@@ -222,10 +224,10 @@ def tuned_model(folder: Path) -> Path:
     from labkit.tinytown import demonstrations
 
     if not (folder / "sft" / "config.json").exists():
-        rows = demonstrations(2400, seed=7)
         model, tokenizer = models.load("tinytown")
+        examples = data.encode(demonstrations(2400, seed=7), tokenizer)
         config = training.TrainConfig(learning_rate=5e-4, batch_size=16)
-        training.sft(model, tokenizer, data.encode(rows, tokenizer).dataset, config, progress=False)
+        training.fit(model, examples, training.sft_loss, config, progress=False)
         models.save(model, tokenizer, folder / "sft")
     return folder / "sft"
 
@@ -233,104 +235,84 @@ def tuned_model(folder: Path) -> Path:
 def prompt_rows(model: Path, count: int) -> list[dict[str, str]]:
     from transformers import AutoTokenizer
 
-    from labkit import data
+    from labkit import templates
     from labkit.tinytown.preferences import prompts
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = {row["prompt"]: row for row in prompts(2 * count, seed=1)}.values()
-    return [{"prompt": row["prompt"], "completion": row["completion"],
-             "text": data.render(row, tokenizer)[0]} for row in list(rows)[:count]]  # fmt: skip
+    render = templates.renderer(AutoTokenizer.from_pretrained(model))
+    rows = list({row["prompt"]: row for row in prompts(2 * count, seed=1)}.values())[:count]
+    kept = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    return [row | {"text": render(row)[0]} for row in kept]
 
 
 def run(python: Path | str, job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(job))
         file.flush()
-        done = subprocess.run([python, __file__, "--worker", file.name],
-                              capture_output=True, text=True)  # fmt: skip
+        command = [python, __file__, "--worker", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    raise RuntimeError(f"{job['arm']} failed:\n{done.stderr[-4000:]}")
+    raise RuntimeError(f"{job['condition']} failed:\n{done.stderr[-4000:]}")
 
 
-def summary(rounds: list[dict[str, dict]], arms: list[str]) -> dict[str, Any]:
-    def median(values):
-        return statistics.median(values)
-
-    def curve(arm: str, key: str) -> list[float]:
-        return [round(statistics.fmean(x), 4)
-                for x in zip(*(r[arm][key] for r in rounds), strict=True)]  # fmt: skip
-
-    found: dict[str, Any] = {
-        "episodes_per_second": {},
-        "reward": {},
-        "kl": {},
-        "reward_last_third": {},
-    }
-    for arm in arms:
-        found["episodes_per_second"][arm] = median(r[arm]["episodes_per_second"] for r in rounds)
-        found["reward"][arm], found["kl"][arm] = curve(arm, "curve"), curve(arm, "kl")
-        last = found["reward"][arm][-max(1, len(found["reward"][arm]) // 3) :]
-        found["reward_last_third"][arm] = statistics.fmean(last)
-    for arm in arms:
-        for other in ("trl", "trl_defaults"):
-            if arm.startswith("labkit") and other in arms:
-                ratios = [r[arm]["episodes_per_second"] / r[other]["episodes_per_second"]
-                          for r in rounds]  # fmt: skip
-                found[f"{arm}_over_{other}"] = median(ratios)
-    stages = {s: median(r["labkit"]["stages"][s] for r in rounds) for s in STAGES}
+def summary(rounds: list[dict[str, dict]]) -> dict[str, Any]:
+    speed, names = "episodes_per_second", list(rounds[0])
+    found: dict[str, Any] = {speed: {}, "reward": {}, "kl": {}, "reward_last_third": {}}
+    for name in names:
+        found[speed][name] = statistics.median(r[name][speed] for r in rounds)
+        for key, source in (("reward", "curve"), ("kl", "kl")):
+            steps = zip(*(r[name][source] for r in rounds), strict=True)
+            found[key][name] = [round(statistics.fmean(values), 4) for values in steps]
+        last = found["reward"][name][-max(1, len(found["reward"][name]) // 3) :]
+        found["reward_last_third"][name] = statistics.fmean(last)
+    for name in (name for name in names if name.startswith("labkit")):
+        for other in (name for name in names if name.startswith("trl")):
+            ratios = [r[name][speed] / r[other][speed] for r in rounds]
+            found[f"{name}_over_{other}"] = statistics.median(ratios)
+    stages = {s: statistics.median(r["labkit"]["stages"][s] for r in rounds) for s in STAGES}
     found["labkit_stages"] = {s: x / sum(stages.values()) for s, x in stages.items()}
     return found
 
 
 def show(found: dict[str, Any]) -> None:
-    for arm, rate in found["episodes_per_second"].items():
-        curve = " ".join(f"{x:.2f}" for x in found["reward"][arm])
-        print(f"{arm:16} {rate:7.1f} episodes/s   reward {curve}   KL {found['kl'][arm][-1]:.2f}")
+    for name, speed in found["episodes_per_second"].items():
+        curve = " ".join(f"{x:.2f}" for x in found["reward"][name])
+        print(
+            f"{name:16} {speed:7.1f} episodes/s   reward {curve}   KL {found['kl'][name][-1]:.2f}"
+        )
     shares = ", ".join(f"{s} {100 * x:.0f} %" for s, x in found["labkit_stages"].items())
     print(f"labkit's time: {shares}")
-    for name, ratio in found.items():
-        if "_over_" in name:
-            print(f"{name}: {ratio:.2f}")
+    for name in (name for name in found if "_over_" in name):
+        print(f"{name}: {found[name]:.2f}")
 
 
 def main() -> None:
     args = parse()
     if args.worker:
         return work(args.worker)
+    from labkit import models, record
+
     args.folder.mkdir(parents=True, exist_ok=True)
     python, model = environment(args.folder), tuned_model(args.folder)
-    arms = [
-        "labkit",
-        *["labkit_separate"] * args.separate,
-        "trl",
-        *["trl_defaults"] * args.defaults,
-    ]
-    settings = {k: getattr(args, k) for k in ("steps", "batch", "minibatch", "epochs", "tokens",
-                                              "rate", "beta", "threads", "trl_precision")}  # fmt: skip
+    chosen = {"labkit": True, "labkit_separate": args.separate, "trl": True}
+    names = [name for name, given in (chosen | {"trl_defaults": args.defaults}).items() if given]
+    settings: dict[str, Any] = {name: getattr(args, name) for name in (*SETTINGS, "trl_precision")}
     if args.trl_precision == "auto":
-        from labkit.models import cpu_has_bf16
-
-        settings["trl_precision"] = "bf16" if cpu_has_bf16() else "fp32"
-    rows = prompt_rows(model, args.steps * args.batch)
-    rounds: list[dict[str, dict]] = []
+        settings["trl_precision"] = "bf16" if models.cpu_has_bf16() else "fp32"
+    rows, rounds = prompt_rows(model, args.steps * args.batch), []
     for seed in range(args.rounds):
-        order, found = arms if seed % 2 == 0 else arms[::-1], {}
-        for arm in order:
-            job = settings | {"arm": arm, "seed": seed, "model": str(model), "rows": rows}
-            found[arm] = run(sys.executable if arm.startswith("labkit") else python, job)
-            print(
-                f"round {seed}: {arm} {found[arm]['episodes_per_second']:.1f} episodes/s",
-                flush=True,
-            )
-        rounds.append(found)
-    result = summary(rounds, arms)
+        found = {}
+        for name in names if seed % 2 == 0 else names[::-1]:
+            job = settings | {"condition": name, "seed": seed, "model": str(model), "rows": rows}
+            found[name] = run(sys.executable if name.startswith("labkit") else python, job)
+            speed = found[name]["episodes_per_second"]
+            print(f"round {seed}: {name} {speed:.1f} episodes/s", flush=True)
+        rounds.append({name: found[name] for name in names})
+    result = summary(rounds)
     show(result)
     if args.json:
-        from labkit import machine
-
-        about = {"hardware": machine.hardware(), "versions": machine.versions()}
+        about = {"hardware": record.hardware(), "versions": record.versions()}
         about |= {"trl_versions": rounds[0]["trl"]["versions"], "settings": settings}
         args.json.write_text(json.dumps(about | result | {"rounds": rounds}, indent=1) + "\n")
 

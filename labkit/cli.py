@@ -94,7 +94,7 @@ def run(
         if not force and given.get("model", "tinytown") != "tinytown":  # which fits everywhere
             from labkit import memory
 
-            memory.check_fits(path.stem, given)  # type: ignore[attr-defined]
+            memory.check_fits(path.stem, given)
         plans.append((path, values))
     failed = []
     for path, values in plans:

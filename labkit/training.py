@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,20 +25,20 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainingArguments as Arguments
 from transformers.training_args import OptimizerNames
 
 from labkit import checkpoints, logprobs, models
 from labkit.batching import Batch, Example, Shuffled, flat, pack
 from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
-from labkit.progress import Line
+from labkit.progress import History, Line, check_finite
+from labkit.record import peak_memory
 from labkit.state import unchanged
 
 logger = logging.getLogger("labkit")
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
-ENTRIES = 200  # of a history, each the mean over as many steps, so that a record stays small
 FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
 
 
@@ -144,18 +142,19 @@ def fit(
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
-        history = _History(log, stack.enter_context(Line(progress)))
+        history = History(log, stack.enter_context(Line(progress)))
         collate = partial(collate, packing=packing)
         arguments = _arguments(model, config, str(folder))
         trainer = _Trainer(model, arguments, collate, list(examples), callbacks=[history])
         trainer.prepare(loss, extra_loss, history, made)
         if config.compile:
             models.base_model(model).base_model.compile(dynamic=True)
-        if torch.cuda.is_available():
+        if on_gpu := torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+        start, evaluated = time.perf_counter(), None
         trainer.train(resume_from_checkpoint=checkpoint)
-        seconds, peak, evaluated = time.perf_counter() - start, _peak_memory(), None
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
         if eval_examples is not None:
             held = trainer.model_wrapped, eval_examples, loss, collate, config.batch_size
             evaluated = mean_loss(*held)
@@ -185,78 +184,10 @@ def mean_loss(
     return total / weight
 
 
-class _History(TrainerCallback):
-    """Losses, metrics, tokens and time of a run, read off the device once an entry."""
-
-    def __init__(self, log: Callable[[dict, int], Any] | None, line: Line) -> None:
-        self.entries: list[dict] = []
-        self.tokens, self._log, self._line = 0, log, line
-        self._steps: list[dict[str, Any]] = []
-        self._step: dict[str, Any] = {}
-
-    def add(self, metrics: dict[str, Any], tokens: int) -> None:
-        """A batch's share of the metrics of a step, and its tokens."""
-        for name, value in metrics.items():
-            self._step[name] = self._step.get(name, 0.0) + value
-        self.tokens += tokens
-        self._entry_tokens += tokens
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.entries = [entry for entry in state.log_history if "seconds" in entry]
-        self._before = self.entries[-1]["seconds"] if self.entries else 0.0
-        self._begun, self._entry_tokens = state.global_step, 0
-        self._every = max(1, state.max_steps // ENTRIES)
-        self._start = self._entry_start = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._steps.append(self._step)
-        self._step = {}
-        step, last = state.global_step, state.max_steps
-        if step % self._every and step < last and not control.should_save:
-            return  # a checkpoint must not be written before its losses were looked at
-        entry = self._close(step)
-        state.log_history.append(entry)
-        left = (time.perf_counter() - self._start) / (step - self._begun) * (last - step)
-        speed = self.tokens / (time.perf_counter() - self._start)
-        self._line.show(
-            f"step {step}/{last} · loss {entry['loss']:.3f} · {speed:,.0f} tokens/s · {left:.0f} s left"
-        )
-
-    def _close(self, step: int) -> dict[str, float]:
-        names, now = list(self._steps[0]), time.perf_counter()
-        table = torch.stack([torch.stack([s[n] for n in names]) for s in self._steps]).tolist()
-        for number, values in enumerate(table, start=step - len(table) + 1):
-            check_finite(values[0], number, self._learning_rate)
-        means = dict(zip(names, (sum(c) / len(c) for c in zip(*table, strict=True)), strict=True))
-        seconds = max(now - self._entry_start, 1e-9)
-        rest = {
-            "tokens_per_second": self._entry_tokens / seconds,
-            "learning_rate": self._learning_rate,
-        }
-        self._steps, self._entry_tokens, self._entry_start = [], 0, now
-        entry = {"step": step, **means, **rest, "seconds": self._before + now - self._start}
-        self.entries.append(entry)
-        if self._log is not None:
-            self._log(means | rest, step)
-        return entry
-
-
-def check_finite(loss: float, step: int, learning_rate: float) -> None:
-    """Raises FloatingPointError, naming the step and the learning rate, unless finite."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: loss {loss} at learning_rate {learning_rate:.3g}; training stopped, earlier "
-            "checkpoints are kept: try a lower learning_rate or more warm-up"
-        )
-
-
 class _Trainer(Trainer):
     """Transformers' trainer, given a loss of batches and a history of our own."""
 
-    def prepare(self, loss: Loss, extra_loss: Any, history: _History, made: dict) -> None:
+    def prepare(self, loss: Loss, extra_loss: Any, history: History, made: dict) -> None:
         self.batch_loss, self.extra_loss, self.history, self.made = loss, extra_loss, history, made
         self.model_accepts_loss_kwargs = True  # so that accumulated losses come scaled by weight
         for callback in (PrinterCallback, ProgressCallback):
@@ -331,13 +262,6 @@ def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def _peak_memory() -> int:
-    """Bytes: of the device on a GPU, of the process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folder: Any) -> bool:

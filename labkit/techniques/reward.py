@@ -35,7 +35,7 @@ from labkit import models, training
 from labkit.batching import Batch, Example, pack
 from labkit.config import Count, settings
 from labkit.evaluation import Agreement
-from labkit.formats import Row
+from labkit.formats import Row, where
 from labkit.templates import Rendered, renderer, response
 
 logger = logging.getLogger("labkit")
@@ -203,7 +203,7 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
             texts = best_first(row)
             rendered.append([render({"prompt": row["prompt"], "completion": t}) for t in texts])
         except ValueError as error:
-            raise ValueError(f"rows: row {number}: {error}") from error
+            raise ValueError(f"rows: {where(row, number)}: {error}") from error
     return rendered
 
 
@@ -334,7 +334,8 @@ def train(
     network = model if hasattr(model, "score") else with_head(model, tokenizer, config.seed)
     limit = min(config.max_length, models.context_length(network) or config.max_length)
     reward = RewardModel(network, tokenizer, config.template, limit)
-    examples, options = _examples(rendered, reward, config), dict(output_dir=output_dir, log=log)
+    examples = _examples(rendered, reward, config)
+    options: dict[str, Any] = dict(output_dir=output_dir, log=log)
     options |= dict(collate=pack_rankings, progress=progress)
     return reward, training.fit(Scorer(network), examples, ranking_loss, config, **options)
 
