@@ -117,7 +117,7 @@ def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer):
 
 def test_the_chapters_loop_learns_prompts_and_no_end(tiny_tokenizer):
     right = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
-    settings = InstructionConfig(learn_prompt=True, learn_end=False)
+    settings = InstructionConfig(learn_prompt=True, learn_eos=False)
     wrong = instruction.encode(ROWS, tiny_tokenizer, settings)
     for good, bad in zip(right, wrong, strict=True):
         assert good.ids.tolist() == [*bad.ids, tiny_tokenizer.eos_token_id]

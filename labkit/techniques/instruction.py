@@ -32,14 +32,14 @@ from labkit.templates import ALPACA, TEMPLATES, response
 class InstructionConfig:
     """What a row becomes: `template` is one of `templates.TEMPLATES`, `max_length` counts tokens.
 
-    The chapter's loop (5.5.2) is `learn_prompt=True, learn_end=False`: it learns to write
+    The chapter's loop (5.5.2) is `learn_prompt=True, learn_eos=False`: it learns to write
     questions too, and never to stop.
     """
 
     template: Annotated[str, Field(pattern=f"^({'|'.join(TEMPLATES)})$")] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 256
     learn_prompt: bool = False
-    learn_end: bool = True
+    learn_eos: bool = True
 
 
 def format_alpaca(instruction: str, given: str = "", language: Literal["en", "zh"] = "en") -> str:
@@ -79,7 +79,7 @@ def loss(
 def encode(rows: list[Row], tokenizer: Any, config: InstructionConfig) -> data.Encoded:
     """`data.encode`, then with the config's two switches applied."""
     encoded = data.encode(rows, tokenizer, max_length=config.max_length, template=config.template)
-    stop = None if config.learn_end else -1
+    stop = None if config.learn_eos else -1
     masks = (np.ones_like(mask) if config.learn_prompt else mask for _, mask in encoded)
     pairs = zip(encoded, masks, strict=True)
     examples = [Example(e.ids[:stop], mask[:stop]) for e, mask in pairs]
