@@ -1,7 +1,5 @@
 """Prefix tuning from scratch: truths of the method, then parity with PEFT on five architectures."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -46,10 +44,9 @@ def examples(count=6):
     return made
 
 
-def fit(model, folder=None, **settings):
+def fit(model, **settings):
     config = training.TrainConfig(**settings)
-    options = dict(output_dir=folder, progress=False)
-    return training.fit(model, examples(), training.sft_loss, config, **options)
+    return training.fit(model, examples(), training.sft_loss, config, progress=False)
 
 
 def test_worked_layout():
@@ -70,7 +67,7 @@ def test_the_prefix_of_a_text_is_the_text(tiny_model, arch):
     mask = torch.cat([torch.ones_like(IDS), torch.zeros(2, 3, dtype=torch.long)], dim=1)
     with torch.no_grad():
         after = prefix.forward(model, of_text(model), IDS).logits
-        masked = prefix.forward(model, of_text(model), padded, mask).logits[:, :12]
+        masked = prefix.forward(model, of_text(model), padded, attention_mask=mask).logits[:, :12]
     assert (after - logits(model)).abs().max() > 0.1
     torch.testing.assert_close(after, read_before(model, IDS), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(masked, after)
@@ -86,9 +83,6 @@ def test_a_prefix_has_the_key_heads_of_the_cache(tiny_model, arch):
     past = model(input_ids=IDS, use_cache=True).past_key_values
     held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
     assert prefix.cache_bytes(shape, tokens=12, batch=2) == held
-    if heads < 4:  # the chapter counts query heads
-        with pytest.raises(RuntimeError):
-            prefix.forward(model, Prefix(shape._replace(heads=4), PLAIN), IDS)
 
 
 def test_counts_of_llama_2_7b():
@@ -181,17 +175,6 @@ def test_training_moves_the_prefix_only(tiny_model, config):
     assert all(torch.equal(p, origin[n]) for n, p in tuned.get_base_model().named_parameters())
 
 
-def test_a_resumed_training_ends_where_the_whole_one_does(tiny_model, tmp_path):
-    found = []
-    for extra in (dict(save_steps=4), dict(resume=str(tmp_path))):
-        torch.manual_seed(len(found))  # the second starts elsewhere
-        tuned = prefix.attach(tiny_model(), PLAIN)
-        fit(tuned, tmp_path, learning_rate=2e-2, max_steps=6, batch_size=3, **extra)
-        found.append(logits(tuned.eval()))
-        shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)  # go on from the fourth step
-    assert torch.equal(*found)
-
-
 def test_gradient_checkpointing_is_refused(tiny_model, tiny_tokenizer, tmp_path):
     model = tiny_model()
     model.activation_checkpointing_enable()
@@ -206,20 +189,6 @@ def test_gradient_checkpointing_is_refused(tiny_model, tiny_tokenizer, tmp_path)
             guarded.gradient_checkpointing_enable()
 
 
-def test_checkpointing_would_miss_the_prefix(tiny_model):
-    """Why it is refused: without the guard the library fails, or gives an answer without prefix."""
-    tuned = prefix.attach(tiny_model(), PLAIN).train()
-    before = logits(tuned)
-    base = tuned.get_base_model()
-    del base.gradient_checkpointing_enable, base.activation_checkpointing_enable
-    base.activation_checkpointing_enable()
-    try:
-        same = torch.allclose(tuned(input_ids=IDS).logits, before, atol=1e-4)
-    except RuntimeError:
-        same = False
-    assert not same, "gradient checkpointing now keeps the KV cache: the guard may go"
-
-
 @both
 def test_a_saved_prefix_comes_back_without_its_mlp(tiny_model, tiny_tokenizer, tmp_path, config):
     tuned = prefix.attach(tiny_model(), config).eval()
@@ -231,16 +200,12 @@ def test_a_saved_prefix_comes_back_without_its_mlp(tiny_model, tiny_tokenizer, t
 
 
 def test_refusals(tiny_model):
-    for config, text, name in (
-        (PrefixConfig(256), None, "length"),
-        (PLAIN, IDS, "text"),
-        (MADE, TEXT, "text"),
-    ):
-        with pytest.raises(ValueError, match=name):
+    for config, text in ((PLAIN, TEXT[1:]), (MADE, TEXT)):
+        with pytest.raises(ValueError):
             prefix.attach(tiny_model(), config, text=text)
     with pytest.raises(ValueError, match="adapters"):
         prefix.attach(prefix.attach(tiny_model(), PLAIN), PLAIN)
-    for wrong in ({"length": 0}, {"length": True}, {"hidden": -1}, {"hidden": 8.0}):
+    for wrong in ({"length": 0}, {"hidden": 8.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PrefixConfig(**wrong)
 
