@@ -7,6 +7,7 @@ status 2; a notebook that fails or is interrupted gives its own error and status
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -44,10 +45,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if isinstance(error, OSError) and error.filename:
-            text = f"{error.filename}: {text}"
-        click.echo(f"labkit: {text}", err=True)
+        click.echo(f"labkit: {error}", err=True)
         raise SystemExit(2) from None
 
 
@@ -86,22 +84,19 @@ def run(
     """
     plans = []
     for path in _chosen(names, all_):
-        sources = [_profile(profile, path) if profile else {}, _yaml(file) if file else {}]
-        values: dict[str, Any] = {}
-        for source in (*sources, dict(parameter)):
-            values |= notebooks.validate(source, path)
+        values = notebooks.validate(_profile(profile, path) if profile else {}, path)
+        values |= notebooks.validate(_yaml(file) if file else {}, path)
+        values |= notebooks.validate(dict(parameter), path)
         given = notebooks.parameters(path) | values
         if not force and given.get("model", "tinytown") != "tinytown":  # which fits everywhere
             from labkit import memory
 
-            memory.check_fits(path.stem, given)  # type: ignore[attr-defined]
+            memory.check_fits(path.stem, given)
         plans.append((path, values))
-    failed = []
+    failed: list[str] = []
     for path, values in plans:
-        if not _run_one(path, values, output):
+        if (keep_going or not failed) and not _run_one(path, values, output):
             failed.append(path.stem)
-            if not keep_going:
-                break
     if failed:
         click.echo(f"labkit: failed: {', '.join(failed)}", err=True)
         raise SystemExit(1)
@@ -142,16 +137,13 @@ class _Progress:
 
     def __call__(self, cell: Any, cell_index: int) -> None:
         if cell.cell_type == "markdown":
-            titles = [x for x in cell.source.splitlines() if x.startswith(("# ", "## "))]
-            self._section = titles[-1].lstrip("# ") if titles else self._section
-            return
-        seconds = time.perf_counter() - self._began
-        text = f"{self._name}: cell {cell_index + 1} · {seconds:.0f} s · {self._section}"
-        if sys.stderr.isatty():
-            click.echo(f"\r\x1b[K{text[:100]}", nl=False, err=True)
-        elif self._section != self._shown:
-            click.echo(text, err=True)
-        self._shown = self._section
+            for title in re.findall(r"(?m)^##? (.+)", cell.source):
+                self._section = title
+        elif sys.stderr.isatty() or self._section != self._shown:
+            seconds, self._shown = time.perf_counter() - self._began, self._section
+            text = f"{self._name}: cell {cell_index + 1} · {seconds:.0f} s · {self._section}"
+            line = f"\r\x1b[K{text[:100]}" if sys.stderr.isatty() else f"{text}\n"
+            click.echo(line, nl=False, err=True)
 
 
 def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
@@ -195,16 +187,12 @@ def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
 
 
 def _profile(profile: str, path: Path) -> dict[str, Any]:
-    """A profile serves all notebooks, so each takes from it only the parameters that it has.
-
-    What one notebook alone wants, such as its learning rate, is in NAME/<notebook>.yaml.
-    """
+    """Of a profile, the parameters that the notebook has, and those of NAME/<notebook>.yaml."""
     folder = notebooks.folder() / "params"
     file, own = folder / f"{profile}.yaml", folder / profile / f"{path.stem}.yaml"
     if not file.is_file():
         known = sorted(f.stem for f in folder.glob("*.yaml"))
-        near = notebooks.nearest(profile, known)
-        raise ValueError(f"no --profile {profile!r}{near}; there are: {', '.join(known) or 'none'}")
+        raise ValueError(f"no --profile {profile!r}; there are: {', '.join(known) or 'none'}")
     mine = notebooks.parameters(path).keys() | notebooks.renamed(path).keys()
     values = {name: value for name, value in _yaml(file).items() if name in mine}
     return values | (_yaml(own) if own.is_file() else {})
@@ -217,10 +205,9 @@ def _yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values or {}, dict):
         raise ValueError(f"{file}: expected `name: value` lines, got {values!r:.80}")
-    return values
+    return values or {}
 
 
 def _short(path: Path) -> str:

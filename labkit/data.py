@@ -13,26 +13,24 @@ import logging
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .formats import Row, convert, where
-from .templates import TEMPLATES, render, renderer, response
+import numpy as np
 
-if TYPE_CHECKING:  # torch, which it imports, takes a second
-    from .batching import Example
-
-__all__ = ["REGISTERED", "TEMPLATES", "Encoded", "convert", "encode", "load", "render"]
+from labkit import models, templates, tinytown
+from labkit.batching import Example
+from labkit.formats import Row, convert, where
+from labkit.templates import render as render
 
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _FILES = "a file ending in .json, .jsonl, .ndjson, .csv, .tsv (each also .gz) or .parquet"
-_Reader = Callable[[str], Iterable[Row]]
 
 
 class Registered(NamedTuple):
@@ -46,28 +44,17 @@ class Registered(NamedTuple):
     revision: str | None = None
 
 
-# The chapter's table 5.4.3, and the preference data of 5.5.
+_COIG = ("NoTranslate/train/*.parquet", "refs/convert/parquet")  # those not translated
+_VICUNA = "anon8231489123/ShareGPT_Vicuna_unfiltered"
+_JSON = "ShareGPT_V3_unfiltered_cleaned_split.json"
+# The chapter's table 5.4.3, and the preference data of 5.5. Other sets of P3: bigscience/P3:NAME.
 REGISTERED = {
     "alpaca": Registered("tatsu-lab/alpaca", "CC BY-NC 4.0", "52,002 rows, English"),
-    "flan": Registered(
-        "Muennighoff/flan", "none on the card", "millions of rows, 62 sets, English"
-    ),
-    # One of 660 sets; others are bigscience/P3:NAME.
+    "flan": Registered("Muennighoff/flan", "none on the card", "62 sets, English"),
     "p3": Registered("bigscience/P3", "Apache-2.0", "660 sets, English", "ag_news_classify"),
     "belle": Registered("BelleGroup/train_2M_CN", "GPL-3.0", "2,000,000 rows, Chinese"),
-    "coig": Registered(
-        "BAAI/COIG",
-        "Apache-2.0",
-        "97,739 rows (those not translated), Chinese",
-        files="NoTranslate/train/*.parquet",
-        revision="refs/convert/parquet",
-    ),
-    "sharegpt": Registered(
-        "anon8231489123/ShareGPT_Vicuna_unfiltered",
-        "Apache-2.0 on the card",
-        "about 94,000 conversations, many languages",
-        files="ShareGPT_V3_unfiltered_cleaned_split.json",
-    ),
+    "coig": Registered("BAAI/COIG", "Apache-2.0", "97,739 rows, Chinese", None, *_COIG),
+    "sharegpt": Registered(_VICUNA, "Apache-2.0 on the card", "94,000 conversations", None, _JSON),
     "hh-rlhf": Registered("Anthropic/hh-rlhf", "MIT", "169,352 pairs, English"),
 }
 
@@ -84,21 +71,18 @@ def load(
 
     data: "tinytown"; a name in `REGISTERED`; a hub id `owner/name` or `owner/name:config`; or a
     file of JSON, JSON lines, CSV or Parquet in a format that `formats` knows.
-    split: a file, and a hub set that lacks a split of that name, is cut 90/5/5 into "train",
-    "validation" and "test" (at least one row each). The cut is fixed, whatever `seed` is, so the
-    parts never overlap; a file's rows that are equal, or from one record, stay together.
-    limit: at most so many rows, sampled by `seed`, in their order (Tinytown: generated).
+    split: a file, and a hub set that lacks a split, is cut 90/5/5 into "train", "validation" and
+    "test". The cut does not depend on `seed`; a file's rows that are equal, or from one record,
+    stay together. limit: at most so many rows, sampled by `seed` (Tinytown: generated).
 
     Raises FileNotFoundError or ValueError naming `data`, the file, and the line or row;
     ConnectionError if the hub cannot be reached.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a whole number from 1, or None for all, got {limit!r}")
     data = str(data)
     if data == "tinytown":
-        from .tinytown import instruction_rows
-
-        return instruction_rows(split=split, n=limit, seed=seed)
+        return tinytown.instruction_rows(split=split, n=limit, seed=seed)
     path = Path(data).expanduser()
     if data not in REGISTERED and (data[:1] in "./~" or _SUFFIX.search(data) or path.exists()):
         return _sample(_file_part(convert(_read(path), data), split), limit, seed)
@@ -110,8 +94,7 @@ def _read(path: Path) -> list[Row]:
     import fsspec
 
     suffix = _SUFFIX.search(path.name)
-    if not path.exists():
-        raise FileNotFoundError(f"data: {path} does not exist (looked from {Path.cwd()})")
+    path.stat()  # raises where there is none
     if path.is_dir() or not suffix:
         raise ValueError(f"data: expected {_FILES}, got {path}")
     try:
@@ -123,8 +106,7 @@ def _read(path: Path) -> list[Row]:
             options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
             with fsspec.open(str(path), "rt", **options) as file:
                 text = file.read()
-            readers: dict[str, _Reader] = {"json": _json, "csv": _table, "tsv": _table}
-            rows = list(readers.get(kind, _lines)(text))
+            rows = list({"json": _json, "csv": _table, "tsv": _table}.get(kind, _lines)(text))
     except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
         raise ValueError(f"data: {path}: {error}") from error
     if not rows:
@@ -216,23 +198,20 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
 
 
 def _load_hub(data: str, split: str, limit: Any, seed: int, revision: str | None) -> list[Row]:
+    import datasets
+
     if data not in REGISTERED and not _HUB_ID.fullmatch(data):
         names = ["tinytown", *REGISTERED]
-        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(data, names, 1))
-        raise ValueError(
-            f"data: expected {', '.join(names)}, owner/name, a file, got {data!r}{near}"
-        )
+        near = get_close_matches(data, names, 1)
+        known = f"{', '.join(names)}, owner/name, or a file"
+        raise ValueError(f"data: expected {known}, got {data!r}; the nearest is {near}")
     hub, _, config = data.partition(":")
     entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
     options = {"data_files": entry.files, "revision": revision or entry.revision}
-    import datasets
-
     try:
         sets = datasets.load_dataset(entry.hub, entry.config, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConnectionError(
-            f"data: {data!r} did not load from the hub: {error!r:.300}"
-        ) from error
+        raise ConnectionError(f"data: {data!r} did not load from the hub: {error!r}") from error
     rows, positions = _part(sets, split)
     # Published sets hold a few empty answers and conversations; one's own data must be right.
     rejected: list[str] | None = [] if data in REGISTERED else None
@@ -283,28 +262,24 @@ def encode(
     Prompt and completion are tokenized apart, so no token straddles the border. A row longer than
     `max_length` (or the tokenizer's `model_max_length`, if smaller) loses the beginning of its
     prompt (a BOS stays), then the end of its response, and counts as `truncated`. Plain `text`
-    rows carry loss everywhere. Raises ValueError naming the row (of its file, if known) for an
-    empty response or a row that the template refuses, and for a pad token that is the EOS.
+    rows carry loss everywhere. Raises ValueError naming the row for an empty response or a row
+    that the template refuses, and for a pad token that is the EOS.
     """
-    from .models import check_tokenizer
-
-    if not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(f"max_length: expected a whole number from 2, got {max_length!r}")
-    if not rows:
-        raise ValueError("rows: expected at least one row, got none")
-    check_tokenizer(tokenizer)
-    limit, render_row = min(max_length, tokenizer.model_max_length), renderer(tokenizer, template)
-    rendered = []
+    if not rows or max_length < 2:
+        raise ValueError("expected at least one of rows, and a max_length from 2")
+    models.check_tokenizer(tokenizer)
+    limit = min(max_length, tokenizer.model_max_length)
+    render_row, rendered = templates.renderer(tokenizer, template), []
     for number, row in enumerate(rows, start=1):
         try:
-            if not response(row).strip():
+            if not templates.response(row).strip():
                 raise ValueError("the response is empty: nothing to learn; take the row out")
             rendered.append(render_row(row))
         except ValueError as error:
             raise ValueError(f"{where(row, number)}: {error}") from error
     prompts, completions = (
-        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for texts in map(list, zip(*rendered, strict=True))
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        for texts in zip(*rendered, strict=True)
     )
     pairs = list(zip(prompts, completions, strict=True))
     examples = [_join(*pair, limit, tokenizer.bos_token_id) for pair in pairs]
@@ -313,10 +288,6 @@ def encode(
 
 def _join(prompt: list[int], completion: list[int], limit: int, bos: int | None) -> Example:
     """Ids and mask of one example, cut to `limit`."""
-    import numpy as np
-
-    from .batching import Example
-
     if len(prompt) + len(completion) > limit:
         head = prompt[:1] if prompt and prompt[0] == bos else []
         completion = completion[: limit - len(head)]

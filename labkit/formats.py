@@ -18,13 +18,8 @@ Converter = Callable[[Row, list[str]], Row]
 CANONICAL = {"prompt", "completion", "chosen", "rejected", "messages", "text", "responses", "ranks"}
 _LOST = "tools functions tool_calls function_call reasoning_content history images videos audios"
 _ROLES = dict.fromkeys("assistant gpt chatgpt bing bard model".split(), "assistant")
-_ROLES |= {
-    "user": "user",
-    "human": "user",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-}
+_ROLES |= dict.fromkeys(("user", "human"), "user") | {"tool": "tool"}
+_ROLES |= dict.fromkeys(("system", "developer"), "system")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -45,18 +40,15 @@ def recognize(row: Row) -> str:
     for columns in FORMATS:
         if all(row.get(column) is not None for column in columns.split()):
             return columns
-    known = "; ".join(FORMATS).replace(" ", " + ").replace("; + ", "; ")
-    raise ValueError(
-        f"no known format has the columns {', '.join(map(str, row))}; expected {known}"
-    )
+    raise ValueError(f"no known format has the columns {[*row]}; known are {', '.join(FORMATS)}")
 
 
 def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None) -> list[Row]:
     """Rows of any known format, decided by the first, as rows with TRL's columns.
 
-    Errors name `source` (a file, a hub id) and the row, counted from 1. Raises ValueError for missing
-    columns, a value of the wrong type, or an empty answer (in a preference it may be empty: hh-rlhf
-    has some). With a list for `rejected`, such a row is left out and its error appended.
+    A ValueError names `source` (a file, a hub id) and the row, from 1, with missing columns, a
+    value of the wrong type, or an empty answer (hh-rlhf has some in preferences: there it may
+    be). With a list for `rejected`, such a row is left out and its error appended.
     """
     converted: list[Row] = []
     columns = ""
@@ -86,12 +78,12 @@ def _convert(row: Row, columns: list[str], converter: Converter) -> list[Row]:
         columns = ["instruction", "output"]
         parts = [{columns[0]: row[columns[0]], **part} for part in _objects(row, "instances")]
     converted = [{**rest, **converter(part, columns)} for part in parts]
-    system = row.get("system") or row.get("system_prompt")
-    for new in converted if system else []:
-        column = "messages" if "messages" in new else "prompt"
-        first = _message({"role": "system", "content": system}, "system")
-        new[column] = [first, *_turns(new, column, "user")]
-        new.pop("instruction", None)  # Alpaca's template would use it, without the system message
+    if system := row.get("system") or row.get("system_prompt"):
+        for new in converted:
+            column = "messages" if "messages" in new else "prompt"
+            first = _message({"role": "system", "content": system}, "system")
+            new[column] = [first, *_turns(new, column, "user")]
+            new.pop("instruction", None)  # Alpaca's template would use it, without the message
     return converted
 
 
@@ -139,9 +131,8 @@ def _transcripts(row: Row, columns: list[str]) -> Row:
     while chosen[shared : shared + 1] == rejected[shared : shared + 1] != []:
         shared += 1
     prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt or [turns[0]["role"] for turns in (chosen, rejected) if turns] != 2 * [
-        "assistant"
-    ]:
+    roles = {turns[0]["role"] if turns else "" for turns in (chosen, rejected)}
+    if not prompt or roles != {"assistant"}:
         raise ValueError(f"'rejected': expected another reply than 'chosen'; {shared} turns agree")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 

@@ -1,9 +1,8 @@
 """A model and its tokenizer, from the embedded town, a folder or the hub; and back.
 
-Decisions: only safetensors (a pickle can run code). Weights are float32 unless asked otherwise:
-at a learning rate of 1e-5, 2.6 % of bfloat16 weights change at all. Padding is never the EOS
-token, or the EOS is never learned. What a trainer leaves on a model is taken off (`unchanged`).
-Left out: making adapters and quantization (`techniques`).
+Only safetensors (a pickle can run code). Weights are float32 unless asked otherwise: at a
+learning rate of 1e-5, 2.6 % of bfloat16 weights change at all. Padding is never the EOS token,
+or the EOS is never learned. What a trainer leaves on a model is taken off (`unchanged`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
 from labkit.state import snapshot
 from labkit.state import unchanged as unchanged
 
@@ -27,6 +30,9 @@ log = logging.getLogger("labkit")
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in record.getMessage()
 )
+DTYPES = {"auto": torch.float32} | {
+    k: getattr(torch, k) for k in ("float32", "bfloat16", "float16")
+}
 SAVED = re.compile(
     r"(|generation_|adapter_)config\.json|.*\.safetensors(|\.index\.json)|labkit\.json|README\.md"
     r"|tokenizer.*|(special_tokens_map|added_tokens)\.json|chat_template\.jinja|merges\.txt|vocab\..*"
@@ -40,29 +46,29 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     pad_token: str | None = "auto",
-    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, in eval mode.
 
     `model` is "tinytown", a folder, or a hub id (with `revision`). `dtype` "auto" is float32,
     `device` "auto" the first GPU if there is one; for `pad_token` see `check_tokenizer`.
-    Raises FileNotFoundError, ConnectionError or ValueError, which name the parameter.
+    Raises OSError for what is not there or not reached, ValueError for what cannot be used.
     """
-    import torch
-
-    device, kind = find_device(device), getattr(torch, dtype.replace("auto", "float32"), None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    device = find_device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     base = Path(__file__).parent / "tinytown" / "base"
     place = base if model == "tinytown" else Path(model).expanduser()
     if place.is_dir() and not (place / "config.json").is_file():
         raise FileNotFoundError(f"model: {place} has no config.json (adapters: see load_adapter)")
+    name = str(place) if place.exists() else str(model)
     try:
         with no_progress_bar():
-            name = str(place) if place.exists() else str(model)
-            network, tokenizer = _read(name, kind, revision or "main", trust_remote_code)
+            network, tokenizer = _read(name, DTYPES[dtype], revision or "main")
     except Exception as error:
-        raise _explained(error, model) from error
+        kind, reason = OSError if isinstance(error, OSError) else ValueError, str(error).split()
+        raise kind(
+            f"model: {model!r} could not be loaded as safetensors: {' '.join(reason)}"
+        ) from error
     check_tokenizer(tokenizer, pad_token)
     _fit_embeddings(network, tokenizer)
     for config in filter(None, (network.config, network.generation_config)):
@@ -70,16 +76,14 @@ def load(
     return network.to(device).eval(), tokenizer
 
 
-def _read(name: str, dtype: Any, revision: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    files: dict = {"revision": revision, "trust_remote_code": trust_remote_code}
+def _read(name: str, dtype: torch.dtype, revision: str) -> tuple[Any, Any]:
     # One commit for all files; for "main" transformers would ask a server to convert pickles.
-    config = AutoConfig.from_pretrained(name, **files)
-    files["revision"] = getattr(config, "_commit_hash", None) or revision
-    tokenizer = AutoTokenizer.from_pretrained(name, **files)
-    files |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
-    network, info = AutoModelForCausalLM.from_pretrained(name, **files)
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    revision = getattr(config, "_commit_hash", None) or revision
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    options = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    network, info = read(name, revision=revision, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     if getattr(network, "loss_type", "") is None:  # GPT-2's class name says nothing of its loss
@@ -87,39 +91,19 @@ def _read(name: str, dtype: Any, revision: str, trust_remote_code: bool) -> tupl
     return network, tokenizer
 
 
-def _explained(error: BaseException, model: str) -> Exception:
-    from huggingface_hub import errors as hub
-
-    chain = [error]
-    while inner := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(inner)
-    said = f"model: {model!r} could not be loaded: {' '.join(str(error).split())[:300]}; expected "
-    absent = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError)
-    network = (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError)
-    if "file named" in said or any(isinstance(e, absent) for e in chain):
-        return FileNotFoundError(said + "a hub id or a folder, with safetensors and a tokenizer")
-    if any(isinstance(e, network) for e in chain):
-        return ConnectionError(said + "a network (HF_ENDPOINT, HF_HUB_OFFLINE) or a local folder")
-    return ValueError(said + "a complete causal language model of transformers")
-
-
 def find_device(device: str = "auto") -> str:
-    """The name of the device that "auto" means; ValueError for one that is not here."""
-    import torch
-
-    known = r"cpu|mps|cuda(:\d+)?" if torch.cuda.is_available() else "cpu|mps"
-    if device != "auto" and not re.fullmatch(known, device):
-        raise ValueError(f"device: expected 'auto', 'cpu' or a GPU that is here, got {device!r}")
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that "auto" means; torch's error for one that is not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(torch.empty(0, device=device).device)
 
 
 def check_tokenizer(tokenizer: Any, pad_token: str | None = "auto") -> Any:
     """Make sure that the tokenizer pads with a token of its own, and return it (changed in place).
 
-    "auto" keeps a good pad token; if it is missing or equals the EOS token, a special token
-    named like "pad" or "reserved", the unknown token, or else a new one takes its place, and a
-    warning says so. A name sets that token, added if it is new. None only checks.
-    Raises ValueError if there is no EOS token, or no pad token apart from it.
+    "auto" replaces a pad token that is missing or the EOS token by a special token named like
+    "pad" or "reserved", the unknown token, or else a new one. A name sets that token; None only
+    checks. Raises ValueError without an EOS token, or a pad token apart from it.
     """
     pad, eos = tokenizer.pad_token, tokenizer.eos_token
     if eos is None:
@@ -138,17 +122,14 @@ def _spare_token(tokenizer: Any) -> str:
     """A special token that can pad; ordinary pieces such as "ipad" must not."""
     taken = {tokenizer.eos_token, tokenizer.bos_token, None}
     special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    for pattern in (r"[\W_]*pad[\W_]*", ".*pad.*", ".*reserved.*"):
-        for token in special:
-            if token not in taken and re.fullmatch(pattern, token.lower()):
-                return token
-    return "<|pad|>" if tokenizer.unk_token in taken else tokenizer.unk_token
+    patterns = (r"[\W_]*pad[\W_]*", ".*pad.*", ".*reserved.*")
+    found = [t for p in patterns for t in special if re.fullmatch(p, t.lower()) and t not in taken]
+    return [*found, "<|pad|>" if tokenizer.unk_token in taken else tokenizer.unk_token][0]
 
 
 def _fit_embeddings(model: Any, tokenizer: Any) -> None:
     """Give every token a row; new rows start at the mean, so they say nothing special."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    needed = max(tokenizer.get_vocab().values()) + 1
+    rows, needed = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         log.warning("tokenizer: %d tokens, embedding: %d rows; adding rows", needed, rows)
         model.resize_token_embeddings(needed, mean_resizing=False)
@@ -175,28 +156,21 @@ def parameter_counts(model: Any) -> Counts:
 
 
 def meta_model(config: Any) -> Any:
-    """Build a model without memory for its weights, to count or to plan.
-
-    `config` is a configuration of transformers, a dict with `model_type`, or a folder (or
-    config.json) that holds one. Raises ValueError or FileNotFoundError.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """A model without memory for its weights, from a configuration, a dict, a folder or a file."""
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
         config = json.loads((path if path.suffix == ".json" else path / "config.json").read_text())
     if isinstance(config, dict):
-        config = AutoConfig.for_model(**{"model_type": "", **config})
+        config = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     """Write model (or adapter) and tokenizer as safetensors: all of it or nothing.
 
-    Written beside `folder` and renamed; an earlier model there is replaced at the end. Raises
-    FileExistsError for a folder with other files, ValueError for a base in four bits.
+    An earlier model in `folder` is replaced at the end. Raises FileExistsError for a folder with
+    other files, ValueError for a base in four bits.
     """
     folder, adapter = Path(folder).expanduser().absolute(), hasattr(model, "get_base_model")
     if not adapter and _made_of(model)["weights"] == "4-bit":
@@ -220,15 +194,15 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     finally:
         if former.exists() and not folder.exists():
             former.rename(folder)
-        for path in (scratch, former):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
     return folder
 
 
 def _made_of(model: Any) -> dict[str, Any]:
     """What an adapter must find in its base: class, kind, sizes, and the type of the weights."""
     base, config = base_model(model), base_model(model).config.get_text_config()
-    packed = any(str(t.dtype) == "torch.uint8" for t in (*base.parameters(), *base.buffers()))
+    packed = any(t.dtype == torch.uint8 for t in (*base.parameters(), *base.buffers()))
     sizes = {k: getattr(config, k, None) for k in ("hidden_size", "num_hidden_layers")}
     made = {"class": type(base).__name__, "model_type": config.model_type, **sizes}
     return made | {"weights": "4-bit" if packed else str(base.dtype)}
@@ -238,22 +212,21 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     """`model` with the adapter that `save` or PEFT wrote to `folder`, frozen, in eval mode.
 
     For LoRA, prefixes and bottleneck adapters (import `techniques.adapter` first). Raises
-    FileNotFoundError where there is none, and ValueError, `model` being as before, if it does not
-    fit: adapters are there already, or another base, missing, unknown or non-finite weights.
+    FileNotFoundError, or ValueError, `model` being as before, if the adapter does not fit:
+    another base, or missing, unknown or non-finite weights.
     """
     import peft
     from safetensors.torch import load_file
 
-    folder, file = Path(folder).expanduser(), "adapter_model.safetensors"
-    if not (folder / file).is_file():
-        others = [path.parent.name for path in folder.glob(f"*/{file}")]
-        raise FileNotFoundError(f"folder: {folder} has no {file} (in folders of it: {others})")
+    file = Path(folder).expanduser() / "adapter_model.safetensors"
+    folder, record = file.parent, file.with_name("labkit.json")  # not there if PEFT wrote it
+    if not file.is_file():
+        named = [path.parent.name for path in folder.glob(f"*/{file.name}")]
+        raise FileNotFoundError(f"folder: {folder} has no {file.name} (in folders of it: {named})")
     if hasattr(model, "peft_config"):
         raise ValueError("model: it has adapters already; merge them, or load it again")
-    put_back = snapshot(model)
+    put_back, given = snapshot(model), _made_of(model)
     try:
-        record = folder / "labkit.json"  # not there if PEFT wrote the folder
-        given = _made_of(model)
         made = json.loads(record.read_text())["base"] if record.is_file() else given
         if any(made[key] != given[key] for key in given if key != "weights"):
             raise ValueError(f"made on another base, {made} and not {given}")
@@ -264,7 +237,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
             keys = tuned.load_adapter(str(folder), "default")  # again, for what did not fit
         soft_prompt = tuned.active_peft_config.is_prompt_learning  # in no list of keys
         wrong = [] if soft_prompt else [*keys.missing_keys, *keys.unexpected_keys]
-        wrong += [k for k, w in load_file(folder / file).items() if not w.isfinite().all()]
+        wrong += [k for k, w in load_file(file).items() if not w.isfinite().all()]
         if wrong:
             raise ValueError(f"missing, unknown or non-finite weights, such as {wrong[0]}")
     except Exception as error:
@@ -305,8 +278,6 @@ def use_float32_attention(model: Any) -> None:
     On a CPU, bfloat16 attention takes up to eight times as long backward: at 37 tokens a
     forward and backward pass took 21.6 ms in bfloat16, 6.7 ms in float32.
     """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
@@ -317,8 +288,8 @@ def use_float32_attention(model: Any) -> None:
         return output.to(value.dtype), weights
 
     if base_model(model).config._attn_implementation == "sdpa":
-        AttentionInterface.register("labkit_float32", attention)
-        AttentionMaskInterface.register("labkit_float32", sdpa_mask)
+        transformers.AttentionInterface.register("labkit_float32", attention)
+        transformers.AttentionMaskInterface.register("labkit_float32", sdpa_mask)
         base_model(model).set_attn_implementation("labkit_float32")
 
 
@@ -331,20 +302,15 @@ def context_length(model: Any) -> int | None:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 natively; elsewhere it is emulated and slow."""
-    import torch
-
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def autocast_dtype(model: Any) -> Any | None:
+def autocast_dtype(model: Any) -> torch.dtype | None:
     """bfloat16 where autocast pays, else None (train in the weights' own type).
 
-    On a CPU: native bfloat16 and at least a million parameters (below, casting costs more
-    than it saves). On a GPU: whenever it has bfloat16.
+    A CPU needs native bfloat16 and a million parameters: below, casting costs more than it saves.
     """
-    import torch
-
     kind = next(model.parameters()).device.type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
@@ -356,16 +322,13 @@ def autocast_dtype(model: Any) -> Any | None:
 def quiet_peft() -> Iterator[None]:
     """Without PEFT's warnings of a renamed attribute, and of keys, which `load_adapter` checks."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpoint.*deprecated|Found missing adapt")
         yield
 
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
     """Without the bars of transformers for loading and writing weights."""
-    from transformers.utils import logging as transformers_logging
-
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

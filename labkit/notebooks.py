@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 
-@dataclass(frozen=True)
+@dataclass
 class NotebookInfo:
     """What `labkit list` shows; question, cost and claims come from the metadata `labkit`."""
 
@@ -46,8 +46,7 @@ def available() -> list[NotebookInfo]:
     for path in sorted(folder().glob("[0-9]*.ipynb")):
         cells, about = _read(path)
         title = re.search(r"^# (.+)$", cells[0]["source"] if cells else "", re.MULTILINE)
-        names = about.keys() & {"question", "seconds_cpu", "memory_mb", "claims"}
-        known = {name: about[name] for name in names}
+        known = {k: about[k] for k in about.keys() & NotebookInfo.__dataclass_fields__.keys()}
         found.append(NotebookInfo(path.stem, path, title[1] if title else path.stem, **known))
     return found
 
@@ -67,7 +66,7 @@ def find(name: str) -> Path:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean …?' with the known name most like `name`, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f", did you mean {match[0]!r}?" if match else ""
 
 
@@ -77,16 +76,14 @@ def parameters(path: Path) -> dict[str, Any]:
     The cell is parsed: papermill's `inspect_notebook` skips lines with a second `=`, in a
     comment for instance. Raises `ValueError` for a line that is not `name = literal`.
     """
-    cells, _ = _read(path)
-    tagged = [c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    tagged = [c["source"] for c in _read(path)[0] if "parameters" in c["metadata"].get("tags", [])]
     found = {}
     for node in ast.parse("\n".join(tagged)).body:
         try:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target  # type: ignore
             found[target.id] = ast.literal_eval(node.value)  # type: ignore
         except (AttributeError, ValueError):
-            line = ast.unparse(node)
-            raise ValueError(f"{path.name}: expected `name = literal`, got `{line}`") from None
+            raise ValueError(f"{path.name}: not `name = literal`: {ast.unparse(node)}") from None
     return found
 
 
@@ -99,8 +96,7 @@ def validate(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Check `values` against the notebook's parameters and return them in the right types.
 
     The type is the default's; limits are in the metadata. A text is converted where the
-    parameter is none, and a former name is accepted with a warning. Raises `ValueError` naming
-    the parameter, what was expected and what came.
+    parameter is none. Raises `ValueError` naming the parameter, what was expected and what came.
     """
     import yaml
     from pydantic import TypeAdapter, ValidationError
@@ -129,9 +125,8 @@ def validate(values: dict[str, Any], path: Path) -> dict[str, Any]:
 def execute(path: Path, out: Path, values: dict[str, Any], cwd: Path, on_cell: Callable) -> None:
     """Run a notebook in a fresh kernel and leave the cleaned result at `out`, also on failure.
 
-    `values` must have passed `validate`; `cwd` is the kernel's folder. `on_cell(cell=…,
-    cell_index=…)` is called before each cell. A failing cell raises papermill's
-    `PapermillExecutionError`.
+    `cwd` is the kernel's folder; `on_cell(cell=…, cell_index=…)` is called before each cell. A
+    failing cell raises papermill's `PapermillExecutionError`.
     """
     import papermill
     from traitlets.config import Config
@@ -152,18 +147,13 @@ def execute(path: Path, out: Path, values: dict[str, Any], cwd: Path, on_cell: C
 
 
 def clean(path: Path) -> None:
-    """Drop what a run leaves in the notebook: timings, metadata of papermill and widgets.
-
-    Widget views are dropped from the outputs too: without their state, which is large, they
-    only show an error.
-    """
+    """Drop what a run leaves in the notebook: timings, metadata of papermill, dead widgets."""
     import nbformat
 
     nb = nbformat.read(path, as_version=4)
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    about = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    about["labkit"] = nb.metadata.get("labkit", {})
-    nb.metadata = nbformat.from_dict(about)
+    about = {"kernelspec": kernel, "labkit": nb.metadata.get("labkit", {})}
+    nb.metadata = nbformat.from_dict(about | {"language_info": {"name": "python"}})
     nb.cells = [cell for cell in nb.cells if "papermill-error-cell" not in cell.source]
     for cell in nb.cells:
         tags = [tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill-")]

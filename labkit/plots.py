@@ -1,8 +1,7 @@
-"""The figures of the notebooks: one small consistent style, titles and units on every axis.
+"""The figures of the notebooks, in one style. Seeds are shown as mean and standard deviation.
 
-Each function returns a matplotlib Figure that belongs to no window and no global state, so a
-cell that ends in it shows it exactly once. Values repeated over seeds come with error bars
-(mean and standard deviation).
+Each function returns a matplotlib Figure that belongs to no window, so a cell that ends in it
+shows it exactly once.
 """
 
 from __future__ import annotations
@@ -56,11 +55,10 @@ def sweep(
     for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
         mean, std = zip(*map(_mean_std, values), strict=True)
         axes.errorbar(x, mean, std, color=colour, label=label, marker="o", markersize=4, capsize=3)
-    for (label, value), style in zip(
-        (reference or {}).items(), cycle(("--", ":", "-.")), strict=False
-    ):
+    references = reference or {}
+    for (label, value), style in zip(references.items(), cycle(("--", ":", "-.")), strict=False):
         axes.axhline(value, color="#333333", linestyle=style, linewidth=1, label=label)
-    _finished(figure, axes, {**series, **(reference or {})}, logx, logy)
+    _finished(figure, axes, {**series, **references}, logx, logy)
     if logx:  # the values that were tried, not powers of ten
         axes.set_xticks(list(x), [f"{v:g}" for v in x])
         axes.minorticks_off()
@@ -70,8 +68,7 @@ def sweep(
 def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
     """Small pictures over one x axis, three in a row: `{y label: {label: (x, y)}}`.
 
-    Each y is a number, or the values of the seeds: then the line is their mean, with a band of a
-    standard deviation to each side. A label has the same colour in every picture.
+    Each y is a number, or the values of the seeds. A label has one colour in all pictures.
     """
     import matplotlib as mpl
 
@@ -85,19 +82,14 @@ def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
         for place, (ylabel, picture) in enumerate(series.items(), start=1):
             axes = figure.add_subplot(rows, columns, place, xlabel=xlabel, ylabel=ylabel)
             for label, (x, y) in picture.items():
-                shown[label] = _band(axes, x, y, label, colours[label])
+                mean, std = zip(*map(_mean_std, y), strict=True)
+                (shown[label],) = axes.plot(x, mean, color=colours[label], linewidth=1.5)
+                low, high = ([m + k * s for m, s in zip(mean, std, strict=True)] for k in (-1, 1))
+                axes.fill_between(x, low, high, color=colours[label], alpha=0.15, linewidth=0)
     if any(names):
         options = dict(frameon=False, fontsize=8, loc="outside lower center", ncols=5)
         figure.legend([shown[name] for name in names], names, **options)
     return figure
-
-
-def _band(axes: Any, x: Sequence[float], y: Sequence[Any], label: str, colour: str) -> Any:
-    mean, std = zip(*map(_mean_std, y), strict=True)
-    (line,) = axes.plot(x, mean, color=colour, label=label, linewidth=1.5)
-    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    return line
 
 
 def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: str) -> Any:

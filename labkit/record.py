@@ -1,8 +1,7 @@
 """The run record: what a run was given, what it measured, and what it concluded.
 
 Each run has its folder, `runs/<notebook>/<time>-<id>/`, with a `record.json` that is replaced
-atomically, so that a killed run leaves its last complete record. The history is kept here as
-well as in W&B, whose offline runs cannot be read back. No environment variables are recorded.
+atomically. The history is kept here too, as offline runs of W&B cannot be read back.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ from hashlib import blake2s
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from labkit.show import Table
 
 Place = str | Path | None
@@ -30,25 +31,26 @@ VERDICTS = ("holds", "holds in part", "does not hold here", "undecided", "not me
 _PROJECT = Path(__file__).resolve().parents[1]
 _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
 _PACKAGES = """labkit torch transformers trl peft bitsandbytes datasets accelerate tokenizers
-safetensors numpy wandb papermill""".split()
+safetensors numpy wandb papermill"""
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
 _SEED = re.compile(r"(^|_)seeds?$")
-_UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the place only
+_UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
 _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
 
 
 class Run:
     """One run. Use `start` to make it and `finish` to close it."""
 
+    _wandb: Any = None
+
     def __init__(self, notebook: str, folder: Path, parameters: Values) -> None:
         self.folder, self.record = folder, _new_record(notebook, folder, parameters)
         self._began = time.perf_counter()
-        self._wandb: Any = None
         self._write()
 
     def __repr__(self) -> str:
-        r, place = self.record, "/".join(self.folder.parts[-3:])
-        return f"{place} · {r['status']} · {r['seconds']:.0f} s · {len(r['claims'])} claims"
+        place = "/".join(self.folder.parts[-3:])
+        return f"{place} · {self.record['status']} · {self.record['seconds']:.0f} s"
 
     def path(self, name: str) -> Path:
         """Where a file or folder of this run goes; its parent exists afterwards."""
@@ -59,7 +61,7 @@ class Run:
         """Append one entry to the history. Without `step`, the entry's number is its step."""
         entry = {"step": len(self.record["history"]) if step is None else int(step), **metrics}
         self.record["history"].append(plain(entry))
-        self._send(lambda wandb, run: run.log(entry))
+        self._send(lambda run: run.log(entry))
         if time.perf_counter() - self._written > _WRITE_EVERY:
             self._write()
 
@@ -73,8 +75,8 @@ class Run:
         if verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}; got {verdict!r}")
         entry = dict(number=number, claim=claim, how=how, value=value, verdict=verdict)
-        self._put("claims", "number", entry)
-        self.record["claims"].sort(key=lambda c: c["number"])
+        claims = {c["number"]: c for c in self.record["claims"]} | {number: plain(entry)}
+        self.record["claims"] = [claims[key] for key in sorted(claims)]
         self._write()
 
     def table(self, name: str, rows: list[Values]) -> Table:
@@ -82,34 +84,26 @@ class Run:
         self.record["tables"][name] = plain(rows)
         table = Table(rows)
         columns, data = table.columns, table.cells()
-        self._send(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=data)}))
+        self._send(lambda run: run.log({name: sys.modules["wandb"].Table(columns, data)}))
         self._write()
         return table
 
     def artifact(self, name: str, kind: str = "model", parents: Sequence[str] = ()) -> None:
-        """Record what was trained: the folder `name` of this run, and what it came from.
-
-        W&B gets an artifact of that name with its `parents` as metadata: its files up to 100 MB,
-        beyond that their place. Raises `ValueError` for a parent that is not recorded.
-        """
-        folder, known = self.path(name), [a["name"] for a in self.record["artifacts"]]
-        if not folder.is_dir():
-            raise FileNotFoundError(f"artifact: expected the folder {name!r} in {self.folder}")
-        if unknown := sorted({*parents} - {*known}):
-            raise ValueError(f"parents: expected some of {known}, got {unknown}")
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        """Record what was trained: the folder `name` of this run, and what it came from."""
+        files = [file for file in self.path(name).rglob("*") if file.is_file()]
+        made = {entry["name"]: entry for entry in self.record["artifacts"]}
+        if not files or not {*parents} <= {*made}:
+            raise ValueError(f"artifact: expected files in {self.path(name)}, parents of {[*made]}")
         size = sum(file.stat().st_size for file in files)
         entry = {"name": name, "kind": kind, "parents": list(parents), "bytes": size}
-        self._put("artifacts", "name", entry)
+        self.record["artifacts"] = [*(made | {name: entry}).values()]
         self._write()
 
-        def send(wandb: Any, run: Any) -> None:
-            made = wandb.Artifact(f"{self.record['notebook']}-{name}", kind, metadata=entry)
-            for file in files if size <= _UPLOAD_BYTES else []:
-                place = file.relative_to(folder).as_posix()
-                made.add_file(str(file), place, policy="immutable", skip_cache=True)  # no copy
-            if size > _UPLOAD_BYTES:
-                made.add_reference(folder.resolve().as_uri(), checksum=False)
+        def send(run: Any) -> None:
+            title = f"{self.record['notebook']}-{name}"
+            made = sys.modules["wandb"].Artifact(title, kind, metadata=entry)
+            if size <= _UPLOAD_BYTES:  # without a copy
+                made.add_dir(str(self.path(name)), policy="immutable", skip_cache=True)
             run.log_artifact(made)
 
         self._send(send)
@@ -132,7 +126,7 @@ class Run:
         """The claims so far: number, claim, how measured, value, verdict."""
         names = {"number": "#", "how": "how measured"}
         claims = self.record["claims"]
-        rows = [{names.get(key, key): value for key, value in claim.items()} for claim in claims]
+        rows = [{names.get(key, key): claim[key] for key in claim} for claim in claims]
         return Table(rows, css_class="labkit-claims")
 
     def finish(self, status: str = "finished") -> None:
@@ -140,19 +134,15 @@ class Run:
         if self.record["status"] == "running":
             self.record.update(status=status, ended=_now(), hardware=hardware())
             self._write()
-            self._send(lambda wandb, run: run.summary.update(self.record["metrics"]))
-            self._send(lambda wandb, run: run.finish(exit_code=int(status != "finished")))
+            self._send(lambda run: run.summary.update(self.record["metrics"]))
+            self._send(lambda run: run.finish(exit_code=int(status != "finished")))
             self._wandb = None
 
-    def _put(self, group: str, key: str, entry: Values) -> None:
-        others = [e for e in self.record[group] if e[key] != entry[key]]
-        self.record[group] = [*others, plain(entry)]
-
-    def _send(self, send: Callable[[Any, Any], Any]) -> None:
-        """Calls `send(wandb, its run)` unless W&B is off; its errors never end this run."""
+    def _send(self, send: Callable[[Any], Any]) -> None:
+        """Calls `send(run of W&B)` unless W&B is off; its errors never end this run."""
         try:
             if self._wandb is not None:
-                send(sys.modules["wandb"], self._wandb)
+                send(self._wandb)
         except Exception as error:
             logging.getLogger("labkit").warning("W&B, left out from here on: %s", error)
             self._wandb = None
@@ -170,8 +160,7 @@ def start(
     """Begin a run: make its folder, write the first record, open W&B unless it is off.
 
     The folder is `$LABKIT_RUN_DIR` (set by `labkit run`), else a new one below `root`, by
-    default `project_root()`. W&B follows `WANDB_MODE`: offline without a login, `disabled` to
-    leave it out. Raises `OSError` naming a folder that cannot be written or holds a record.
+    default `project_root()`. Raises OSError if it cannot be written or holds a record.
     """
     folder = Path(os.environ.get("LABKIT_RUN_DIR") or new_folder(notebook, root))
     if (folder / "record.json").exists():
@@ -209,19 +198,16 @@ def close(folder: Path, notebook: str, parameters: Values, status: str, error: s
 def read_runs(root: Place = None) -> list[Values]:
     """All records below `<root>/runs`, oldest first, each with its `folder` added.
 
-    The status is `stopped` where the process of a running record is gone, `unreadable` where
-    the file cannot be read.
+    Their status may also be `stopped` (the process is gone), or `unreadable`.
     """
-    import psutil
-
     runs = []
     files = Path(root or project_root()).glob("runs/*/*/record.json")
     for file in sorted(files, key=lambda f: f.parent.name):
         try:
             record = dict(json.loads(file.read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            record = _new_record(file.parent.parent.name, file.parent, {})
-            record.update(status="unreadable", error=f"{file}: {error}")
+            broken = {"status": "unreadable", "error": f"{file}: {error}"}
+            record = _new_record(file.parent.parent.name, file.parent, {}) | broken
         machine, process = record.get("process") or ("", 0)  # another machine's are not known
         if machine == _MACHINE and record["status"] == "running" and not psutil.pid_exists(process):
             record["status"] = "stopped"
@@ -231,8 +217,7 @@ def read_runs(root: Place = None) -> list[Values]:
 
 def recorded(question: str) -> Values:
     """Committed results of a sweep too long to run live: `benchmarks/results/<question>.json`."""
-    file = _PROJECT / "benchmarks" / "results" / f"{question}.json"
-    return json.loads(file.read_text("utf-8"))
+    return json.loads((_PROJECT / f"benchmarks/results/{question}.json").read_text("utf-8"))
 
 
 def plain(value: Any) -> Any:
@@ -255,8 +240,7 @@ def write_text(file: Path, text: str) -> None:
             os.fsync(stream.fileno())
         os.replace(partial, file)
     except OSError as error:
-        reason = f"{error.strerror}; free some space or set another folder (--output, LABKIT_RUNS)"
-        raise OSError(error.errno, reason, str(file)) from error
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -274,17 +258,16 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape a result."""
     from importlib.metadata import version  # slow to import
 
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in _PACKAGES.split()
+    }
 
 
 def hardware() -> Values:
     """Processor, usable cores, memory in bytes; threads and GPUs where torch is loaded."""
-    import psutil
-
-    affinity = getattr(os, "sched_getaffinity", None)
     found: Values = {"system": f"{platform.system()} {platform.machine()}"}
     found["processor"] = _line("/proc/cpuinfo", "model name") or platform.processor()
-    found["cores"] = len(affinity(0)) if affinity else os.cpu_count()
+    found["cores"] = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
     found["memory_bytes"] = psutil.virtual_memory().total
     if torch := sys.modules.get("torch"):  # importing it would cost seconds
         found["threads"] = torch.get_num_threads()
@@ -296,11 +279,8 @@ def hardware() -> Values:
 
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
-    import psutil
-
-    info = psutil.Process().memory_info()
     line = _line("/proc/self/status", "VmHWM")  # getrusage counts the parent's before exec
-    return int(line.split()[0]) * 1024 if line else getattr(info, "peak_wset", info.rss)
+    return int(line.split()[0]) * 1024 if line else psutil.Process().memory_info().rss
 
 
 def _line(file: str, name: str) -> str:
@@ -333,6 +313,7 @@ def _start_wandb(run: Run, project: str) -> Any:
     """W&B's run inside the run's folder, or None; offline where its server is not reached."""
     for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
         del os.environ[name]  # compose files leave them empty, which wandb refuses
+    os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
     for kind in ("DATA", "CACHE"):  # a container may have no home to write to
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(run.folder / "wandb" / kind.lower()))
     for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
@@ -344,17 +325,14 @@ def _start_wandb(run: Run, project: str) -> Any:
 
 
 def _open_wandb(run: Run, project: str, mode: Any) -> Any:
-    os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
     import wandb
 
-    online = mode == "" and wandb.login(prompt=False, verify=False)
-    notebook = run.record["notebook"]
-    about: Values = dict(project=project, group=notebook, name=f"{notebook}-{run.folder.name}")
-    about |= dict(config=run.record["parameters"], dir=str(run.folder))
+    about: Values = dict(project=project, group=run.record["notebook"], dir=str(run.folder))
+    about |= dict(name=f"{about['group']}-{run.folder.name}", config=run.record["parameters"])
+    about["mode"] = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     quiet = dict(silent=True, console="off", x_disable_stats=True, init_timeout=10)
     private = dict(host="", x_save_requirements=False, x_disable_meta=True, disable_git=True)
-    about["settings"] = wandb.Settings(finish_timeout=10, **quiet, **private)
-    about["mode"] = mode or ("online" if online else "offline")
-    made = wandb.init(reinit="finish_previous", **about)
+    settings = wandb.Settings(finish_timeout=10, **quiet, **private)
+    made = wandb.init(reinit="finish_previous", settings=settings, **about)
     made.define_metric("*", step_metric="step")
     return made

@@ -1,8 +1,4 @@
-"""`labkit report`: all runs on one HTML page that needs nothing else: table, curves, claims.
-
-Everything that came from a record is escaped; a curve is a small SVG drawn here, so that the
-page opens fast and without a plotting library.
-"""
+"""`labkit report`: all runs on one HTML page that needs nothing else: table, curves, claims."""
 
 from __future__ import annotations
 
@@ -23,30 +19,25 @@ def write(root: str | Path | None = None, out: str | Path | None = None) -> Path
     """Write one HTML page of all runs below `<root>/runs`, by default `runs/report.html`."""
     runs = record.read_runs(root)
     page = Path(out or Path(root or record.project_root()) / "runs" / "report.html")
-    overview = [{k: run[k] for k in ("notebook", "id", "status")} | _figures(run) for run in runs]
-    body = "".join(map(_section, reversed(runs)))
+    overview = [
+        {key: run[key] for key in ("notebook", "id", "status")}
+        | {"seconds": round(run["seconds"]), "peak memory, MB": run["peak_memory_bytes"] // 10**6}
+        | {"metrics": _list(run["metrics"])}
+        for run in runs
+    ]
+    head = f'<!doctype html><meta charset="utf-8"><title>labkit</title><style>{_STYLE}</style>'
+    title = f"<h1>labkit: {len(runs)} run{'s' * (len(runs) != 1)}</h1>"
+    body = Table(overview)._repr_html_() + "".join(map(_section, reversed(runs)))
     page.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(
-        page,
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>labkit</title>'
-        f"<style>{_STYLE}</style><h1>labkit: {len(runs)} run{'s' * (len(runs) != 1)}</h1>"
-        f"{Table(overview)._repr_html_()}{body}</html>\n",
-    )
+    record.write_text(page, f"{head}{title}{body}\n")
     return page
-
-
-def _figures(run: dict[str, Any]) -> dict[str, Any]:
-    memory = {
-        "seconds": round(run["seconds"]),
-        "peak memory, MB": run["peak_memory_bytes"] // 10**6,
-    }
-    return memory | {"metrics": _list(run["metrics"])}
 
 
 def _section(run: dict[str, Any]) -> str:
     facts = {key: _list(run[key]) for key in ("parameters", "versions")}
     facts |= {"commit": run.get("commit", ""), "error": run["error"]}
-    facts["lineage"] = " · ".join(_origin(made) for made in run.get("artifacts", []))
+    lineage = ([" + ".join(a["parents"]), a["name"]] for a in run.get("artifacts", []))
+    facts["lineage"] = " · ".join(" → ".join(filter(None, names)) for names in lineage)
     lines = (f"<br>{escape(f'{key}: {text}')}" for key, text in facts.items() if text)
     parts = [f"<h2>{escape(run['notebook'])} <small>{escape(run['id'])}</small></h2>"]
     parts += [f"<small>{''.join(lines)}</small>", Table(run["claims"])._repr_html_()]
@@ -59,10 +50,6 @@ def _section(run: dict[str, Any]) -> str:
 
 def _list(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} = {show(value)}" for name, value in values.items())
-
-
-def _origin(made: dict[str, Any]) -> str:
-    return " → ".join(filter(None, (" + ".join(made["parents"]), made["name"])))
 
 
 def _curve(name: str, history: list[dict[str, Any]], width: int = 300, height: int = 90) -> str:

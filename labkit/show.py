@@ -34,12 +34,10 @@ class Table:
         return [[show(row.get(name, "")) for name in self.columns] for row in self.rows]
 
     def _repr_html_(self) -> str:
-        lines = [("th", map(str, self.columns)), *(("td", row) for row in self.cells())]
-        body = (
-            _tag("tr", "".join(_tag(tag, escape(cell), self.style) for cell in line))
-            for tag, line in lines
-        )
-        return f'<table class="{self.css_class}">{"".join(body)}</table>'
+        body = ""
+        for tag, line in [("th", map(str, self.columns)), *(("td", row) for row in self.cells())]:
+            body += _tag("tr", "".join(_tag(tag, escape(cell), self.style) for cell in line))
+        return f'<table class="{self.css_class}">{body}</table>'
 
     def __repr__(self) -> str:
         lines = [[str(name) for name in self.columns], *self.cells()]
@@ -56,17 +54,17 @@ class SideBySide(Table):
         super().__init__([dict(zip(columns, row, strict=True)) for row in cells])
 
     def __repr__(self) -> str:
-        width = max(map(len, self.columns), default=0)
-        names = [f"{name:>{width}} | " for name in self.columns]
+        names = [f"{name:>8} | " for name in self.columns]
         return "\n\n".join("\n".join(map(str.__add__, names, row)) for row in self.cells())
 
 
 def side_by_side(rows: list[Row], before: Sequence[str], after: Sequence[str], n: int = 5) -> Table:
     """n rows, spread evenly: prompt, expected answer, answers before and after training."""
-    found = list(zip(rows, before, after, strict=True))
-    count = min(n, len(rows))
-    chosen = (found[j * len(rows) // count] for j in range(count))
-    cells = ((prompt_text(row), response(row), *answers) for row, *answers in chosen)
+    cells = [
+        (prompt_text(row), response(row), *answers)
+        for row, *answers in zip(rows, before, after, strict=True)
+    ]
+    cells = [cells[j * len(rows) // n] for j in range(n)] if n < len(rows) else cells
     return SideBySide(("prompt", "expected", "before", "after"), cells)
 
 
@@ -77,14 +75,14 @@ class MaskView:
         self.examples = examples
 
     def _repr_html_(self) -> str:
-        def colored(text: str, loss: bool) -> str:
-            return _tag(
-                "span", escape(text).replace("\n", "⏎<br>").replace(" ", "&nbsp;"), _MASKS[loss]
+        page = ""
+        for line in [[("no loss", False), ("loss", True)], *self.examples]:
+            texts = (escape(t).replace("\n", "⏎<br>").replace(" ", "&nbsp;") for t, _ in line)
+            spans = (
+                _tag("span", t, _MASKS[loss]) for t, (_, loss) in zip(texts, line, strict=True)
             )
-
-        lines = [[("no loss", False), ("loss", True)], *self.examples]
-        spans = ("".join(colored(text, loss) for text, loss in line) for line in lines)
-        return "".join(_tag("p", line, "line-height:1.9;text-align:left") for line in spans)
+            page += _tag("p", "".join(spans), "line-height:1.9;text-align:left")
+        return page
 
     def __repr__(self) -> str:
         lines = ("".join(f"[{t}]" if loss else t for t, loss in line) for line in self.examples)
@@ -92,16 +90,14 @@ class MaskView:
 
 
 def show_masks(encoded: Any, tokenizer: Any, n: int = 3) -> MaskView:
-    """The first n encoded examples token by token, coloured by whether they carry loss.
-
-    Tokens that only together make a character are shown as one.
-    """
+    """The first n encoded examples token by token, coloured by whether they carry loss."""
     examples: list[list[tuple[str, bool]]] = []
     for ids, mask in encoded[:n]:
         examples.append([])
         start = 0
         for end in range(1, len(ids) + 1):
             text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+            # Tokens that only together make a character are shown as one.
             if end == len(ids) or mask[end] != mask[start] or "\ufffd" not in text:
                 examples[-1].append((text, bool(mask[start])))
                 start = end

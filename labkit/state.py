@@ -1,9 +1,8 @@
 """What a trainer leaves on a model, and how to take it off.
 
 Trainers of transformers, TRL and accelerate set `use_cache` and `output_router_logits` in the
-configuration (saved with the model; a mixture of experts then fails in `generate`), put all
-modules in train mode and dropout at 0, patch `forward`, add hooks, marks and an adapter "ref",
-and seed every random generator.
+configuration (a mixture of experts then fails in `generate`), put all modules in train mode and
+dropout at 0, patch `forward`, add hooks, marks and an adapter "ref", and seed all generators.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import torch
+
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
     """Within it, a trainer may leave on `model` what it likes; afterwards only weights differ.
 
-    As before are modes, dropout, hooks, patched methods, marks, gradient checkpointing, adapters,
-    `requires_grad` and configurations of all modules, the random states of Python, numpy and
-    torch, and accelerate's precision; gradients are cleared. Also if the body raises.
+    Modules, configurations and `requires_grad` (see `snapshot`), random states and accelerate's
+    precision are as before and gradients are cleared, also if the body raises.
     """
-    import numpy as np
-    import torch
     from accelerate.state import AcceleratorState
 
     put_back, python, numpy = snapshot(model), random.getstate(), np.random.get_state()
@@ -55,20 +54,21 @@ def snapshot(model: Any) -> Callable[[], None]:
     # Modules share configurations, so each is refilled itself, and stays the same object.
     states = [(vars(c), copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]
 
-    def refill(box: Any, content: Any) -> None:
-        box.clear()
-        (box.extend if isinstance(box, list) else box.update)(content)
-
     def put_back() -> None:
         for now, attributes, boxes, trained in kept:
             for group in ("_parameters", "_buffers"):  # these keep the values of today
                 boxes[group] |= {k: v for k, v in now[group].items() if k in boxes[group]}
-            refill(now, attributes)
+            _refill(now, attributes)
             for name, content in boxes.items():
-                refill(now[name], content)
+                _refill(now[name], content)
             for name, flag in trained.items():
                 now["_parameters"][name].requires_grad_(flag)
         for now, state in states:
-            refill(now, state)
+            _refill(now, state)
 
     return put_back
+
+
+def _refill(box: Any, content: Any) -> None:
+    box.clear()
+    (box.extend if isinstance(box, list) else box.update)(content)

@@ -38,8 +38,8 @@ def render(row: Row, tokenizer: Any, template: str = "auto") -> Rendered:
 
     template: "chat" (the tokenizer's), "alpaca" or "alpaca_zh" (chapter 5.4.2), "plain" (the texts,
     the answer on a new line), or "auto": "chat" if the tokenizer has a template, else "alpaca".
-    `messages`: the last answer is the completion. `text`: all of it is the completion. ValueError
-    for a template that does not fit the tokenizer or row, or drops or rewrites the answer.
+    Of `messages`, the last answer is the completion; of `text`, all. ValueError for a template
+    that does not fit the tokenizer or row, or drops or rewrites the answer.
     """
     return renderer(tokenizer, template)(row)
 
@@ -92,10 +92,8 @@ def response(row: Row) -> str:
     if isinstance(answer, list) and len(answer) == 1 and answer[0]["role"] == "assistant":
         answer = answer[0]["content"]
     if not isinstance(answer, str):
-        raise ValueError(
-            "expected a completion (text or one message of the assistant), messages, or text, got "
-            f"{', '.join(row)}; of a preference, give `chosen` as the completion"
-        )
+        expected = "completion (a text or one answer; of a preference, `chosen`), messages, or text"
+        raise ValueError(f"expected {expected}; got {', '.join(row)}")
     return answer
 
 
@@ -108,10 +106,10 @@ def prompt_text(row: Row) -> str:
 
 
 def _last_answer(row: Row) -> int:
-    for index, message in reversed(list(enumerate(row["messages"]))):
-        if message["role"] == "assistant":
-            return index
-    raise ValueError("messages: expected a turn of the assistant, got none")
+    answers = [i for i, turn in enumerate(row["messages"]) if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError("messages: expected a turn of the assistant, got none")
+    return answers[-1]
 
 
 def _prompt(row: Row, template: str) -> str:
@@ -122,9 +120,7 @@ def _prompt(row: Row, template: str) -> str:
     if instruction is None:
         messages, given = turns(row), ""
         if len(messages) != 1:
-            raise ValueError(
-                f"template: {template!r} takes one question, got {len(messages)} turns"
-            )
+            raise ValueError(f"template: Alpaca's takes one question, got {len(messages)} turns")
         instruction = messages[0]["content"]
     form = ("zh" if template == "alpaca_zh" else "en") + ("_input" if given.strip() else "")
     return ALPACA[form].format(instruction=instruction, input=given)
@@ -160,11 +156,8 @@ def _answer_frame(tokenizer: Any) -> tuple[str, str, str]:
     space = head.removeprefix(prompt)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = [tail.find(token) + len(token) for token in special if token and token in tail]
-    return (
-        space if space.isspace() else "",
-        tail,
-        tail[: min(ends)] if ends else tokenizer.eos_token,
-    )
+    end = tail[: min(ends)] if ends else tokenizer.eos_token
+    return space if space.isspace() else "", tail, end
 
 
 def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> str:
@@ -174,6 +167,4 @@ def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"template: the chat template refuses turns of {roles}: {error}"
-        ) from error
+        raise ValueError(f"template: the chat's refuses turns of {roles}: {error}") from error

@@ -142,6 +142,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
+        stack.enter_context(models.no_progress_bar())  # of checkpoints
         history = History(log, stack.enter_context(Line(progress)))
         collate = partial(collate, packing=packing)
         arguments = _arguments(model, config, str(folder))

@@ -6,6 +6,10 @@ from base64 import b64encode
 from collections.abc import Callable
 from typing import Any
 
+import ipywidgets as w
+from IPython.core.formatters import format_display_data
+from IPython.utils.capture import capture_output
+
 from labkit.show import Table
 
 TARGETS = ("q, v", "q, k, v, o", "all linear layers")
@@ -15,31 +19,26 @@ MLP_RATIO = 11008 / 4096  # of Llama-2-7B: the width inside its MLP, in hidden w
 def explore(function: Callable[..., Any], **controls: Any) -> Any:
     """Controls above what `function(**values)` returns or displays, anew after each change.
 
-    Like `ipywidgets.interactive`, but each output is handed over whole. That one streams it into
-    the widget, and where a notebook runs without a browser the messages back to the kernel
-    sometimes leave nbclient waiting forever (https://github.com/jupyter/nbclient/issues/312).
+    Like `ipywidgets.interactive`, which streams its output: without a browser that sometimes
+    leaves nbclient waiting forever (https://github.com/jupyter/nbclient/issues/312).
     """
-    import ipywidgets as w
+    view = w.Output()
 
-    def outputs() -> tuple[dict[str, Any], ...]:
-        return _outputs(function, {name: control.value for name, control in controls.items()})
+    def update(_: Any = None) -> None:
+        view.outputs = _outputs(function, {name: controls[name].value for name in controls})
 
-    view = w.Output(outputs=outputs())
+    update()
     for control in controls.values():
-        control.observe(lambda _: setattr(view, "outputs", outputs()), "value")
+        control.observe(update, "value")
     return w.VBox([*controls.values(), view])
 
 
 def _outputs(function: Callable[..., Any], values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What a call shows, in the notebook format's form; pictures as text."""
-    from IPython.core.formatters import format_display_data
-    from IPython.utils.capture import capture_output
-
     with capture_output() as caught:
         result = function(**values)
     shown = [(item.data, item.metadata or {}) for item in caught.outputs]
-    if result is not None:
-        shown.append(format_display_data(result))
+    shown += [] if result is None else [format_display_data(result)]
     texts = {"stdout": caught.stdout, "stderr": caught.stderr}
     outputs: list[dict[str, Any]] = []
     outputs += [{"output_type": "stream", "name": n, "text": t} for n, t in texts.items() if t]
@@ -53,7 +52,7 @@ def lora_row(rank: int, width: int, layers: int, targets: str = "q, v") -> dict[
     """What LoRA costs on a model shaped like Llama 2, of 32,000 tokens and an untied head.
 
     A layer that maps k numbers to d gets rank · (d + k) parameters. The share is of all
-    parameters, adapter included, as PEFT prints it; files are without their header.
+    parameters, adapter included, as PEFT prints it.
     """
     inner = round(MLP_RATIO * width)
     attention, mlp = [(width, width)] * 4, [(width, inner)] * 3
@@ -75,8 +74,6 @@ def lora_row(rank: int, width: int, layers: int, targets: str = "q, v") -> dict[
 
 def lora_calculator(rank: int = 8, width: int = 4096, layers: int = 32) -> Any:
     """Sliders for rank, width, depth and targets above the row that they give."""
-    import ipywidgets as w
-
     ranks = sorted({*(2**k for k in range(9)), rank})
     return explore(
         lambda **values: Table([lora_row(**values)]),

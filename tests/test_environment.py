@@ -61,7 +61,7 @@ def test_import_is_fast(module):
 
 
 @pytest.mark.parametrize(
-    "name", ["data", "models", "record", "cli", "plots", "notebooks", "widgets"]
+    "name", ["record", "cli", "plots", "notebooks", "widgets"]
 )
 def test_light_modules_load_no_heavy_library(name):
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "papermill"}
