@@ -92,7 +92,7 @@ def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -
     """
     if config.data_type == "int4":
         raise ValueError("data_type: expected nf4 or fp4, which bitsandbytes has, got 'int4'")
-    options = {"quant_type": config.data_type, "blocksize": config.block_size}
+    options: dict[str, Any] = {"quant_type": config.data_type, "blocksize": config.block_size}
     options["compress_statistics"] = config.double_quantization
     present = _four_bit(model)
     linear = present or lora.find_targets(model)
@@ -121,8 +121,9 @@ def _linear4bit(layer: nn.Module, options: dict[str, Any], device: Any) -> nn.Mo
     import bitsandbytes as bnb
 
     weight = lora.out_in(layer).detach().contiguous()
+    out, width = weight.shape
     with torch.device("meta"):
-        new = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=weight.dtype)
+        new = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=weight.dtype)
     new.weight = bnb.nn.Params4bit(weight, module=new, **options).to(device)
     new.bias, new.source_cls = layer.bias, type(layer)
     return new
