@@ -60,9 +60,7 @@ def test_import_is_fast(module):
     assert min(times) < 0.3
 
 
-@pytest.mark.parametrize(
-    "name", ["record", "cli", "plots", "notebooks", "widgets"]
-)
+@pytest.mark.parametrize("name", ["record", "cli", "plots", "notebooks", "widgets"])
 def test_light_modules_load_no_heavy_library(name):
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "papermill"}
     code = f"import labkit.{name}, sys; print(*sys.modules)"
