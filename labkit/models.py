@@ -221,8 +221,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     file = Path(folder).expanduser() / "adapter_model.safetensors"
     folder, record = file.parent, file.with_name("labkit.json")  # not there if PEFT wrote it
     if not file.is_file():
-        named = [path.parent.name for path in folder.glob(f"*/{file.name}")]
-        raise FileNotFoundError(f"folder: {folder} has no {file.name} (in folders of it: {named})")
+        raise FileNotFoundError(f"{file}; there are {[*map(str, folder.rglob(file.name))]}")
     if hasattr(model, "peft_config"):
         raise ValueError("model: it has adapters already; merge them, or load it again")
     put_back, given = snapshot(model), _made_of(model)

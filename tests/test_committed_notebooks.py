@@ -82,16 +82,12 @@ def test_the_first_code_cell_holds_the_parameters(path):
 
 
 @each_technique
-def test_a_question_and_a_prediction_come_first(path):
+def test_a_question_and_a_prediction_come_first_and_the_sections_once_in_order(path):
     cells = read(path).cells
     first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code")
     before = " ".join(cell.source for cell in cells[:first]).lower()
     assert "question" in before and "prediction" in before
-
-
-@each_technique
-def test_the_sections_come_once_each_in_order(path):
-    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     titles = [title.strip() for title in re.findall(r"(?m)^## (.+)$", text)]
     assert [title for title in titles if title in SECTIONS] == SECTIONS
 
@@ -115,8 +111,3 @@ def test_profiles_hold_good_values_of_parameters_that_exist():
             notebooks.validate(yaml.safe_load(file.read_text("utf-8")), path)
     for file in params.glob("*.yaml"):
         assert set(yaml.safe_load(file.read_text("utf-8"))) <= known, file.name
-
-
-@every
-def test_the_readme_links_the_notebook(path):
-    assert f"(notebooks/{path.name})" in (ROOT / "README.md").read_text("utf-8")
