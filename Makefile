@@ -22,7 +22,7 @@ run: setup
 test: test-modules test-notebooks
 
 test-modules: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # The committed notebooks are executed again; cells marked NBVAL_CHECK_OUTPUT are compared.
 test-notebooks: setup

@@ -45,7 +45,7 @@ def training_rows(condition: str, count: int, seed: int) -> list[sweep.Row]:
 def measure(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
     chapter = point["arm"] == "chapter's loss"
-    config = instruction.InstructionConfig(learn_prompt=chapter, learn_end=not chapter)
+    config = instruction.InstructionConfig(learn_prompt=chapter, learn_eos=not chapter)
     rows = training_rows(point["arm"], point["rows"], point["seed"])
     found = common.train(model, instruction.encode(rows, tokenizer, config), point)
     found |= {"distinct": len({row["prompt"] for row in rows})}

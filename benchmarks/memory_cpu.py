@@ -1,101 +1,116 @@
-"""Does the planner foretell the memory of labkit's trainer on a CPU? The embedded model, a grid.
+"""Does `memory.plan` predict what labkit's training takes on a CPU? The embedded model, a grid.
 
-Every point trains two steps on rows of equal length and compares the allocator's own peak, kept by
-torch's profiler, with `memory.plan`. `error` is planned over measured, less 1; the framework
-(Python and its libraries), which no allocator sees, is on neither side.
+Every point makes two updates on random examples of equal length and compares the allocator's own
+peak, kept by torch's profiler, with the plan. `error` is planned over measured, less 1; the runtime
+overhead, which no allocator sees, is on neither side. PPO is measured without sampling.
 
     python benchmarks/memory_cpu.py --json benchmarks/results/memory_cpu.json
 """
 
-from __future__ import annotations
-
-import argparse
 import itertools
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import grid
 import numpy as np
+import sweep
+import torch
 
 from labkit import memory, models, training
-from labkit.techniques import adapter, full, lora, prefix, qlora
+from labkit.batching import Example
+from labkit.techniques import adapter, full, lora, ppo, prefix, qlora, reward, rollout
 
-ROOMS: dict[str, tuple[Any, Any]] = {
+ATTACH: dict[str, Any] = {
     "full": (full, full.FullConfig()),
     "lora": (lora, lora.LoraConfig()),
     "qlora": (qlora, qlora.QloraConfig()),
-    "prefix": (prefix, prefix.PrefixConfig()),
-    "adapter": (adapter, adapter.AdapterConfig()),
+    "prefix": (prefix, prefix.PrefixConfig(length=20)),
+    "adapter": (adapter, adapter.AdapterConfig(bottleneck=64)),
 }
-SIZES = ((1, 64), (1, 256), (4, 100), (8, 64), (8, 256), (32, 64), (2, 480))  # rows, tokens
-SHARES = (1.0, 0.2)  # of the tokens, those that the loss falls on
+SIZES = ((1, 64), (1, 256), (4, 100), (8, 64), (8, 256), (32, 64), (2, 480))  # examples, tokens
 PRECISIONS = {"mixed": "bf16", "fp32": "fp32"}  # the planner's name: the trainer's
 
 
-def rows(count: int, tokens: int, entries: int, share: float) -> datasets.Dataset:
-    """Random rows of equal length; the end of each is the response."""
-    ids = np.random.default_rng(0).integers(10, entries, size=(count, tokens)).tolist()
-    said = round((tokens - 1) * share)
-    mask = [0] * (tokens - said) + [1] * said
-    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": [mask] * count})
-
-
-def measure(
-    technique: str, precision: str, batch_size: int, sequence_length: int, checkpointing: bool,
-    response_share: float,
-) -> dict[str, Any]:  # fmt: skip
-    """One point: planned before, measured after."""
-    model, tokenizer = models.load("tinytown", device="cpu")
-    planned = memory.plan(
-        model, technique, precision=precision, batch_size=batch_size, device="cpu",
-        sequence_length=sequence_length, gradient_checkpointing=checkpointing,
-        response_share=response_share,
-    )  # fmt: skip
-    room, config = ROOMS[technique]
-    model = room.attach(model, config)
-    settings = training.TrainConfig(
-        batch_size=batch_size, max_steps=2, gradient_checkpointing=checkpointing,
-        precision=PRECISIONS[precision],
-    )  # fmt: skip
-    text = rows(4 * batch_size, sequence_length, planned.shape.vocabulary, response_share)
-    with memory.measured(model) as found:
-        training.sft(model, tokenizer, text, settings, progress=False)
-    return compare(planned, found.peak_bytes)
-
-
-def compare(planned: memory.Plan, peak_bytes: int) -> dict[str, Any]:
-    """A row of the results."""
-    return {
-        "peak_bytes": peak_bytes,
-        "planned_bytes": round(planned.allocated),
-        "error": round(planned.allocated / peak_bytes - 1, 4),
-        "moment": planned.moment,
-        "parts": {name: round(size) for name, size in planned.parts.items() if size},
-    }
-
-
 def points() -> list[dict[str, Any]]:
-    grid_ = itertools.product(ROOMS, PRECISIONS, SIZES, (False, True), SHARES)
+    techniques = (*ATTACH, "reward", "ppo")
+    names = ("technique", "precision", "size", "gradient_checkpointing", "response_share")
+    every = itertools.product(techniques, PRECISIONS, SIZES, (False, True), (1.0, 0.2))
+    found = [dict(zip(names, point, strict=True)) for point in every]
+    plain = [p for p in found if p["technique"] not in ("prefix", "ppo") or not p[names[3]]]
     return [
-        dict(
-            technique=technique, precision=precision, batch_size=batch, sequence_length=tokens,
-            checkpointing=checkpointing, response_share=share,
+        p | {"batch_size": p["size"][0], "sequence_length": p.pop("size")[1]}
+        for p in plain
+        if p["technique"] != "reward" or p["response_share"] == 1.0
+    ]
+
+
+def examples(count: int, tokens: int, share: float = 1.0) -> list[Example]:
+    """Random examples of equal length; the end of each is the response."""
+    ids = np.random.default_rng(0).integers(10, 1000, size=(count, tokens))
+    mask = np.arange(tokens) >= tokens - max(1, round((tokens - 1) * share))
+    return [Example(row, mask.astype(np.int64)) for row in ids]
+
+
+def update_policy(model: Any, batch: list[Example], precision: str) -> None:
+    """PPO's scores of a rollout of one minibatch, and two updates."""
+    config = ppo.PPOConfig(batch_size=len(batch), minibatch_size=len(batch), epochs=2)
+    models.use_float32_attention(model)
+    policy = rollout.PolicyWithValue(full.attach(model, full.FullConfig()), precision=precision)
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=1e-5, eps=1e-5, fused=True)
+    length = int(batch[0].mask[1:].sum())
+    for _ in range(2):
+        scores = policy.score(policy.pack(batch), 1.0).view(len(batch), length, 4).unbind(-1)
+        names = ("logp", "ref_logp", "values", "entropy")
+        found: Any = SimpleNamespace(
+            **dict(zip(names, scores, strict=True)),
+            rewards=torch.randn(len(batch)),
+            ended=torch.ones(len(batch), dtype=torch.bool),
+            mask=torch.ones(len(batch), length, dtype=torch.bool),
+            examples=batch,
         )
-        for technique, precision, (batch, tokens), checkpointing, share in grid_
-        if not (checkpointing and technique == "prefix")
-    ]  # fmt: skip
+        ppo.update(policy, found, config, optimizer)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--json", type=Path, required=True)
-    args = p.parse_args()
-    runs = grid.run_grid(measure, points(), args.json, args.workers)
-    errors = [abs(run["error"]) for run in runs]
-    print(f"{len(runs)} runs: mean error {np.mean(errors):.1%}, largest {max(errors):.1%}")
+def train(model: Any, point: dict[str, Any], precision: str, **options: Any) -> None:
+    """Two updates with the examples of a point."""
+    technique, size = point["technique"], point["batch_size"]
+    batch = examples(2 * size, point["sequence_length"], point["response_share"])
+    if technique == "ppo":
+        return update_policy(model, batch[:size], precision)
+    config = training.TrainConfig(
+        batch_size=size,
+        max_steps=2,
+        precision=precision,
+        gradient_checkpointing=point["gradient_checkpointing"],
+        **options,
+    )
+    if technique == "reward":
+        scorer = reward.Scorer(reward.with_head(model, SimpleNamespace(pad_token_id=0)))
+        given, loss, collate = [[e, e] for e in batch], reward.ranking_loss, reward.pack_rankings
+        training.fit(scorer, given, loss, config, collate=collate, progress=False)
+    else:
+        training.fit(model, batch, training.sft_loss, config, progress=False)
+
+
+def measure(point: dict[str, Any]) -> dict[str, Any]:
+    """One point: planned before, measured after."""
+    model, _ = models.load("tinytown", device="cpu")
+    planned = memory.plan(model, device="cpu", **point)
+    if point["technique"] in ATTACH:
+        module, config = ATTACH[point["technique"]]
+        model = module.attach(model, config)
+    with memory.measured(model) as found:
+        train(model, point, PRECISIONS[point["precision"]])
+    return compared(planned, found.peak_bytes)
+
+
+def compared(planned: memory.Plan, peak_bytes: int) -> dict[str, Any]:
+    error = round(planned.allocated / peak_bytes - 1, 4)
+    return {"peak_bytes": peak_bytes, "planned_bytes": round(planned.allocated), "error": error}
 
 
 if __name__ == "__main__":
-    main()
+    args = sweep.arguments(__doc__, seeds=0)
+    runs = sweep.run(measure, sweep.selected(points(), args.only), args.json, args.workers)
+    errors = [abs(run["error"]) for run in runs]
+    print(f"{len(runs)} runs: mean error {np.mean(errors):.1%}, largest {max(errors):.1%}")

@@ -129,7 +129,7 @@ def compare_tuned(
         key: {"stage": "tune"} | named[key] | {"seed": TUNING_SEED} | args.settings for key in todo
     }
     best: dict[Key, float] = {}
-    for _ in range(3):
+    while todo:
         points = [tuning[key] | {"learning_rate": lr} for key, lrs in todo.items() for lr in lrs]
         rows = run(measure, points, args.json, args.workers)
         todo = {}
@@ -138,8 +138,9 @@ def compare_tuned(
                 r["learning_rate"]: r["tuning_loss"] for r in rows if like.items() <= r.items()
             }
             best[key] = min(sorted(tried), key=tried.__getitem__)
-            if best[key] in (min(tried), max(tried)):
-                todo[key] = (best[key] / 2 if best[key] == min(tried) else best[key] * 2,)
+            beyond = {min(tried): best[key] / 2, max(tried): best[key] * 2}.get(best[key], 0.0)
+            if min(learning_rates[key]) / 4 <= beyond <= max(learning_rates[key]) * 4:
+                todo[key] = (beyond,)
     compared = [
         {"stage": "compare"} | named[key] | {"learning_rate": best.get(via, via)}
         for key, via in wanted.items()

@@ -79,7 +79,7 @@ def run(names, parameter, file, profile, output, all_, keep_going, force):  # ty
         if not force and given.get("model", "tinytown") != "tinytown":  # which fits everywhere
             from labkit import memory
 
-            memory.check_fits(path.stem, given)  # type: ignore[attr-defined]
+            memory.check_fits(path.stem, given)
         plans.append((path, values))
     failed: list[str] = []
     for path, values in plans:

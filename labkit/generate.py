@@ -1,4 +1,4 @@
-"""Responses to prompts: token ids sampled with a KV cache, texts from them, texts from a server.
+"""Responses to prompts: token ids sampled with a KV cache, and texts from them.
 
     x_t = min {i : sum over j <= i of p(j | x_<t) > u_t}        u_t uniform in [0, 1)
 
@@ -11,14 +11,9 @@ own generation settings only the EOS tokens count. Left out: top-k, top-p, beam 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
 import sys
-import time
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +31,6 @@ log = logging.getLogger("labkit")
 # To learn whether examples have ended, the host must wait for a GPU; on a CPU it costs nothing.
 STEPS_BETWEEN_CHECKS = {"cpu": 1}
 WORTH_DROPPING = 0.2  # share of a batch that must have ended before the others are copied together
-# From a mask of zeros and ones the model makes its own at every token, and a GPU's host waits.
-FULL_MASK = {"cpu": False}
-TAKES_FULL_MASK = ("gemma", "gpt2", "llama", "mistral", "qwen2")  # tried, without windows
 
 
 @torch.no_grad()
@@ -97,7 +89,6 @@ def _sample_batch(
     count, length = uniforms.shape
     forward, cache, virtual = _begin(model, count)
     accepted = inspect.signature(models.base_model(model).forward).parameters
-    full = FULL_MASK.get(model.device.type, True) and _takes_full_mask(model)
     width = max(map(len, prompts))  # what stands under padding is never seen
     new = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts]).to(model.device)
     real = new.new_ones(count, virtual + width + length)
@@ -108,8 +99,7 @@ def _sample_batch(
     tokens, rows = new.new_zeros(count, length), torch.arange(count, device=model.device)
     ended = rows < 0
     for t, end in enumerate(range(virtual + width, real.shape[1])):
-        mask = full_mask(real[:, :end], new.shape[1]) if full else real[:, :end]
-        inputs = {"input_ids": new, "attention_mask": mask, "use_cache": cache is not None}
+        inputs = {"input_ids": new, "attention_mask": real[:, :end], "use_cache": cache is not None}
         optional = {"position_ids": positions[:, end - new.shape[1] : end], "logits_to_keep": 1}
         inputs |= {name: value for name, value in optional.items() if name in accepted}
         inputs |= {"past_key_values": cache} if cache is not None else {}
@@ -146,24 +136,6 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
         inputs, cache = {"inputs_embeds": cache.to(base.dtype)}, DynamicCache(config=base.config)
         base(**inputs, past_key_values=cache, use_cache=True)
     return base, cache, settings.num_virtual_tokens
-
-
-def full_mask(real: Tensor, queries: int) -> Tensor:
-    """What the last `queries` positions attend to: (B, K) → bool (B, 1, queries, K).
-
-    Earlier real tokens and themselves, so that padding attends to something, too.
-    """
-    keys = torch.arange(real.shape[1], device=real.device)
-    own = keys[-queries:, None]
-    return (real.bool()[:, None, None] & (keys <= own)) | (keys == own)
-
-
-def _takes_full_mask(model: Any) -> bool:
-    config = models.base_model(model).config
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    windows = getattr(config, "sliding_window", None) is not None or kinds - {"full_attention"}
-    sdpa = config._attn_implementation == "sdpa"
-    return sdpa and not windows and config.model_type in TAKES_FULL_MASK
 
 
 def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
@@ -289,55 +261,3 @@ def responses(
     options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
     found = texts(tokenizer, sample(model, ids, ends=ends, **options), ends)
     return [found[i : i + each] for i in range(0, len(found), each)]
-
-
-def generate_server(
-    base_url: str,
-    model: str,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int | None = None,
-    concurrency: int = 8,
-    timeout: float = 120.0,
-    api_key_env: str = "OPENAI_API_KEY",
-) -> list[str]:
-    """One response to each prompt from an OpenAI-compatible server, `concurrency` at a time.
-
-    `base_url` is for example http://localhost:8000/v1, `timeout` in seconds per request. The key
-    is read from the environment variable `api_key_env` and sent only if set. Raises ValueError
-    for another kind of address, ConnectionError for an answer that cannot be used.
-    """
-    if isinstance(prompts, str) or not base_url.startswith(("http://", "https://")):
-        raise ValueError(f"expected a list of prompts, and a base_url of http, got {base_url!r}")
-    url = base_url.rstrip("/").removesuffix("/v1") + "/v1/completions"
-    body = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature}
-    body |= {} if seed is None else {"seed": seed}
-    key, pool = os.environ.get(api_key_env), ThreadPoolExecutor(concurrency)
-    try:
-        jobs = [pool.submit(_post, url, {**body, "prompt": p}, key, timeout) for p in prompts]
-        return [job.result() for job in jobs]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
-def _post(url: str, body: dict, key: str | None, timeout: float, tries: int = 3) -> str:
-    headers = {"Content-Type": "application/json"}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
-            return json.loads(answer.read())["choices"][0]["text"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        if getattr(error, "code", None) in (429, 503) and tries > 1:  # busy
-            time.sleep(0.5)
-            return _post(url, body, key, timeout, tries - 1)
-        raise ConnectionError(f"base_url: no usable answer from {url}: {error!r}") from error

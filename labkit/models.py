@@ -252,6 +252,23 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def linear_layers(model: Any, head: bool = False) -> dict[str, Any]:
+    """All linear layers (also GPT-2's `Conv1D`) by full name; the output head only with `head`."""
+    kinds = torch.nn.Linear | transformers.pytorch_utils.Conv1D
+    output = None if head else getattr(model, "get_output_embeddings", lambda: None)()
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, kinds))
+    return {name: layer for name, layer in found if layer is not output}
+
+
+def blocks(model: Any) -> dict[str, Any]:
+    """The transformer's layers by full name, lowest first, whatever the architecture calls them."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if type(module).__name__ == "ModuleList" and len(module) == depth:
+            return {f"{path}.{name}": block for name, block in module.named_children()}
+    raise ValueError(f"model: expected a list of {depth} layers in a {type(model).__name__}")
+
+
 def use_float32_attention(model: Any) -> None:
     """Computes attention in float32 also under autocast, where `model` uses the library's `sdpa`.
 

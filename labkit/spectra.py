@@ -12,15 +12,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+
+from labkit import models
 
 
 def weights(model: Any) -> dict[str, Tensor]:
     """Float32 copies of the weights of all linear layers but the output head, by layer name."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    head = model.get_output_embeddings()
-    return {n: m.weight.detach().float().clone() for n, m in found.items() if m is not head}
+    layers = models.linear_layers(model).items()
+    return {name: layer.weight.detach().float().clone() for name, layer in layers}
 
 
 def updates(model: Any, origin: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def updates(model: Any, origin: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def energy(matrix: Tensor, ranks: Sequence[int]) -> list[float]:
     """The share of the squared singular values of a (d, k) matrix in the first r, for each r."""
     squares = torch.linalg.svdvals(matrix.float()).double() ** 2
-    if not squares.sum() > 0:
+    if not squares.any():
         raise ValueError("matrix: expected an update other than zero; was the model trained?")
     shares = squares.cumsum(0) / squares.sum()
     return [shares[min(r, len(shares)) - 1].item() for r in ranks]

@@ -59,6 +59,9 @@ def test_a_learning_rate_is_searched_beyond_the_list_at_most_twice(sweep, tmp_pa
         (0, 0.3),
     ] * 2
     assert [r["seed"] for r in compared] == [0, 0, 0, 1, 1, 1]
+    done = sweep.runs_in(args.json)
+    sweep.compare_tuned(measure, ("rank",), {(8,): (1.0, 2.0, 4.0)}, conditions, args)
+    assert sweep.runs_in(args.json) == done
 
 
 def test_a_repetition_is_compared_with_what_is_recorded(sweep, tmp_path, capsys):

@@ -10,13 +10,8 @@ def test_energy_of_a_diagonal():
     """Singular values 3, 2, 1 (signs and order do not matter): squares 9, 4, 1 of 14."""
     matrix = torch.diag(torch.tensor([1.0, -3.0, 2.0]))
     assert spectra.energy(matrix, [1, 2, 3, 9]) == pytest.approx([9 / 14, 13 / 14, 1, 1])
-
-
-def test_energy_of_a_rank_two_matrix():
-    torch.manual_seed(0)
-    matrix = torch.randn(40, 2) @ torch.randn(2, 30)
-    assert spectra.energy(matrix, [2])[0] == pytest.approx(1)
-    assert spectra.energy(matrix, [1])[0] < 0.99
+    with pytest.raises(ValueError, match="zero"):
+        spectra.energy(torch.zeros(4, 4), [1])
 
 
 def test_a_random_matrix_prefers_no_direction():
@@ -24,11 +19,6 @@ def test_a_random_matrix_prefers_no_direction():
     shares = spectra.mean_energy(noise, [8, 64, 256])
     assert 8 / 256 < shares["8"] < 0.15 and 64 / 256 < shares["64"] < 0.65
     assert shares["256"] == pytest.approx(1)
-
-
-def test_no_update_is_refused():
-    with pytest.raises(ValueError, match="other than zero"):
-        spectra.energy(torch.zeros(4, 4), [1])
 
 
 def test_updates_and_truncation(tiny_model, arch):

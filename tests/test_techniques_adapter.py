@@ -1,16 +1,11 @@
 """The bottleneck adapter: truths, the same computation by hand, and its life inside PEFT."""
 
 import inspect
-import shutil
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -22,7 +17,6 @@ from labkit.techniques.adapter import AdapterConfig, Bottleneck, BottleneckConfi
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 SMALL = AdapterConfig(bottleneck=6)
-LLAMA_2_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008)
 
 
 @pytest.fixture(params=["houlsby", "pfeiffer"])
@@ -50,11 +44,14 @@ def bottlenecks(model, name="default"):
     return [layer[name] for layer in found if name in layer]
 
 
-def fit(model, folder=None, **settings):
+def fit(model, **settings):
     config = training.TrainConfig(learning_rate=2e-2, **settings)
     examples = [Example(np.arange(3, 12 + i), (np.arange(9 + i) > 4).astype(int)) for i in range(6)]
-    options = dict(output_dir=folder, progress=False)
-    return training.fit(model, examples, training.sft_loss, config, **options)
+    return training.fit(model, examples, training.sft_loss, config, progress=False)
+
+
+def dtypes(model):
+    return {p.dtype for p in model.parameters() if p.requires_grad}
 
 
 def test_worked_example():
@@ -67,13 +64,6 @@ def test_worked_example():
     layer.D.data, layer.b.data = torch.tensor([[1.0, -1.0]]), torch.tensor([0.5])
     layer.U.data, layer.c.data = torch.tensor([[2.0], [0.0]]), torch.tensor([0.0, 1.0])
     assert layer(torch.tensor([[3.0, 1.0], [1.0, 3.0]])).tolist() == [[8.0, 2.0], [1.0, 4.0]]
-
-
-@pytest.mark.parametrize(("name", "f"), [("relu", torch.relu), ("gelu", F.gelu), ("silu", F.silu)])
-def test_activations(name, f):
-    layer, h = randomize(Bottleneck(8, AdapterConfig(4, activation=name))), torch.randn(3, 8)
-    expected = h + f(h @ layer.D.T + layer.b) @ layer.U.T + layer.c
-    torch.testing.assert_close(layer(h), expected)
 
 
 def test_starts_as_the_identity_and_at_first_only_u_trains(tiny_model, arch, placement):
@@ -89,16 +79,12 @@ def test_starts_as_the_identity_and_at_first_only_u_trains(tiny_model, arch, pla
     count = models.parameter_counts(tuned).trainable
     assert count == {"houlsby": 4, "pfeiffer": 2}[placement] * (2 * 64 * 6 + 64 + 6)
     assert count == adapter.parameters(64, 2, AdapterConfig(6, placement))
+    assert adapter.parameters(4096, 32, AdapterConfig(64)) == 33_820_672  # Llama-2-7B
+    half = adapter.attach(tiny_model(arch).bfloat16(), SMALL)
+    assert dtypes(half) == {torch.float32} and logits(half).dtype == torch.bfloat16
 
 
-def test_counts_of_llama_2_7b():
-    tuned = adapter.attach(models.meta_model(LLAMA_2_7B), AdapterConfig(64))
-    count = models.parameter_counts(tuned).trainable
-    assert count == 64 * (2 * 4096 * 64 + 4096 + 64) == 33_820_672
-    assert adapter.parameters(4096, 32, AdapterConfig(64)) == count
-
-
-def by_hand(model, arch, placement, weights):
+def by_hand(model, arch, placement, weights, f):
     """A frozen model with the equation in hooks on layers named here; `weights` (D, b, U, c)."""
     blocks = model.transformer.h if arch == "gpt2" else model.model.layers
     names = {"gpt2": ["attn.c_proj", "mlp.c_proj"]}.get(arch, ["self_attn.o_proj", "mlp.down_proj"])
@@ -107,21 +93,21 @@ def by_hand(model, arch, placement, weights):
     for layer, (d, b, u, c) in zip(outlets, weights, strict=True):
 
         def hook(module, inputs, h, d=d, b=b, u=u, c=c):
-            inner = (torch.einsum("btk,mk->btm", h, d) + b).clamp(min=0)
-            return h + torch.einsum("btm,km->btk", inner, u) + c
+            inner = torch.einsum("btk,mk->btm", h, d) + b
+            return h + torch.einsum("btm,km->btk", f(inner), u) + c
 
         layer.register_forward_hook(hook)
     return model.requires_grad_(False)
 
 
-def assert_equals_hand(tuned, plain, arch, placement):
+def assert_equals_hand(tuned, plain, arch, placement="houlsby", f=torch.relu):
     names = ("D", "b", "U", "c")
     weights = [
         [getattr(one, n).detach().clone().requires_grad_() for n in names]
         for one in bottlenecks(tuned)
     ]
     before = logits(plain)
-    hand = by_hand(plain, arch, placement, weights)
+    hand = by_hand(plain, arch, placement, weights, f)
     mine, other = (m(input_ids=IDS, labels=IDS) for m in (tuned, hand))
     assert (mine.logits - before).abs().max() > 0.05
     torch.testing.assert_close(mine.logits, other.logits, atol=1e-5, rtol=1e-4)
@@ -133,32 +119,27 @@ def assert_equals_hand(tuned, plain, arch, placement):
             torch.testing.assert_close(getattr(one, name).grad, twin.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_parity_with_hooks_on_a_frozen_model(tiny_model, arch, placement):
-    tuned = randomize(adapter.attach(tiny_model(arch), AdapterConfig(6, placement)).eval())
-    assert_equals_hand(tuned, tiny_model(arch), arch, placement)
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_parity_with_hooks_on_a_frozen_model(tiny_model, arch, placement, name):
+    tuned = randomize(adapter.attach(tiny_model(arch), AdapterConfig(6, placement, name)).eval())
+    assert_equals_hand(tuned, tiny_model(arch), arch, placement, getattr(nn.functional, name))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_four_bit_base(tiny_model, tiny_tokenizer, tmp_path, family):
+def test_a_four_bit_base_and_training(tiny_model, tiny_tokenizer, tmp_path):
     """Against the same model with its weights taken out of four bits."""
 
     def base():
-        return qlora.quantize_model(tiny_model(family), qlora.QloraConfig())
+        return qlora.quantize_model(tiny_model(), qlora.QloraConfig())
 
     tuned = adapter.attach(base(), SMALL).eval()
     assert torch.equal(logits(tuned), logits(base()))
-    assert_equals_hand(randomize(tuned), qlora.dequantize_model(base()), family, "houlsby")
+    assert_equals_hand(randomize(tuned), qlora.dequantize_model(base()), "llama")
     result = fit(tuned, max_steps=12)
-    assert result.loss < result.history[0]["loss"]
-    assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
+    assert result.loss < result.history[0]["loss"] and dtypes(tuned) == {torch.float32}
+    with tuned.disable_adapter():
+        assert torch.equal(logits(tuned), logits(base()))
     folder = models.save(tuned, tiny_tokenizer, tmp_path / "adapter")
     torch.testing.assert_close(logits(models.load_adapter(base(), folder)), logits(tuned.eval()))
-
-
-def test_half_precision_keeps_small_updates(tiny_model):
-    tuned = adapter.attach(tiny_model().bfloat16(), SMALL)
-    assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
-    assert logits(tuned).dtype == torch.bfloat16
 
 
 def test_adapters_are_switched_and_disabled(tiny_model, arch):
@@ -169,14 +150,13 @@ def test_adapters_are_switched_and_disabled(tiny_model, arch):
     assert not torch.equal(first, before)
     adapter.attach(tuned, AdapterConfig(3, "pfeiffer"), name="second").eval()
     assert torch.equal(logits(tuned), first)
-    assert {n.split(".")[-2] for n, p in tuned.named_parameters() if p.requires_grad} == {"default"}
     tuned.set_adapter("second")
     assert torch.equal(logits(tuned), before)
     assert {n.split(".")[-2] for n, p in tuned.named_parameters() if p.requires_grad} == {"second"}
     assert not torch.equal(logits(randomize(tuned, seed=2)), first)
     tuned.set_adapter("default")
     assert torch.equal(logits(tuned), first)
-    with pytest.raises(ValueError, match="name"):
+    with pytest.raises(ValueError, match="second"):
         adapter.attach(tuned, SMALL, name="second")
     with tuned.disable_adapter():
         assert torch.equal(logits(tuned), before)
@@ -196,46 +176,6 @@ def test_a_saved_adapter_comes_back_under_any_name(tiny_model, tiny_tokenizer, t
     assert torch.equal(logits(other), logits(tuned))
 
 
-def test_a_fresh_process_loads_it(tiny_model, tiny_tokenizer, tiny_folder, tmp_path):
-    """With this module imported; without it PEFT does not know the method, and names it."""
-    tuned = randomize(adapter.attach(tiny_model(), SMALL).eval())
-    folder = str(models.save(tuned, tiny_tokenizer, tmp_path / "adapter"))
-    torch.save(logits(tuned), tmp_path / "expected.pt")
-    code = f"""
-        import torch
-        from peft import PeftConfig, PeftModel
-        try:
-            PeftConfig.from_pretrained({folder!r})
-        except KeyError as error:
-            assert error.args == ("LABKIT_ADAPTER",), error
-        else:
-            raise AssertionError("PEFT knew the method without this module")
-        import labkit.techniques.adapter
-        from transformers import AutoModelForCausalLM
-        base = AutoModelForCausalLM.from_pretrained({str(tiny_folder())!r}, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, {folder!r}).eval()
-        found = model(input_ids=torch.arange(5, 29).reshape(2, 12)).logits
-        expected = torch.load({str(tmp_path / "expected.pt")!r})
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_training_moves_the_adapters_only_and_resumes(tiny_model, tmp_path):
-    found = []
-    for extra in (dict(save_steps=4), dict(resume=str(tmp_path))):
-        torch.manual_seed(len(found))  # the second starts elsewhere
-        tuned = adapter.attach(tiny_model(), SMALL)
-        result = fit(tuned, tmp_path, max_steps=6, batch_size=3, **extra)
-        found.append(logits(tuned.eval()))
-        shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)  # go on from the fourth step
-    assert torch.equal(*found) and result.loss < result.history[0]["loss"]
-    with tuned.disable_adapter():
-        assert torch.equal(logits(tuned), logits(tiny_model()))
-
-
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, arch):
     found = []
     for enable in (False, True):
@@ -250,35 +190,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, arch):
     for plain, checkpointed in zip(*found, strict=True):
         assert plain.any()
         torch.testing.assert_close(plain, checkpointed)
-
-
-def test_trls_trainers_take_it(tiny_model, tiny_tokenizer, tmp_path):
-    """SFT by configuration; DPO, whose loss is log 2 at its own reference, which then stays."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    options = dict(use_cpu=True, bf16=False, report_to="none", max_steps=2, learning_rate=1e-2)
-    options |= dict(per_device_train_batch_size=2, disable_tqdm=True, logging_steps=1)
-    texts = Dataset.from_list([{"prompt": "Otto", "completion": " bakes"}] * 4)
-    config = BottleneckConfig(bottleneck=6, task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        tiny_model(),
-        SFTConfig(str(tmp_path), **options),
-        train_dataset=texts,
-        processing_class=tiny_tokenizer,
-        peft_config=config,
-    )
-    trainer.train()
-    assert len(bottlenecks(trainer.model)) == 4 and bottlenecks(trainer.model)[0].U.any()
-    pairs = Dataset.from_list([{"prompt": "Otto", "chosen": " bakes", "rejected": " sings"}] * 4)
-    tuned = randomize(adapter.attach(tiny_model(), SMALL))
-    before = [one.U.detach().clone() for one in bottlenecks(tuned)]
-    args = DPOConfig(str(tmp_path), **options)
-    trainer = DPOTrainer(tuned, args=args, train_dataset=pairs, processing_class=tiny_tokenizer)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    for kept, one, moved in zip(before, bottlenecks(tuned, "ref"), bottlenecks(tuned), strict=True):
-        assert torch.equal(kept, one.U) and not torch.equal(kept, moved.U)
 
 
 def test_refusals(tiny_model):

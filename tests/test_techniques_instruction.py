@@ -59,23 +59,13 @@ def test_only_response_tokens_matter(tiny_model, tiny_tokenizer):
     instruction.loss(logits, ids, mask)[0].backward()
     reached = logits.grad.abs().sum(-1) > 0
     assert torch.equal(reached[:, :-1], mask[:, 1:].bool()) and not reached[:, -1].any()
-    with pytest.raises(ValueError, match="response_mask"):
-        instruction.loss(logits, ids, torch.zeros_like(mask))
-
-
-def test_token_accuracy_is_one_for_a_model_that_is_sure():
-    ids = torch.tensor([[1, 2, 3, 0]])
-    logits = 50.0 * torch.nn.functional.one_hot(ids.roll(-1), 5).float()
-    value, metrics = instruction.loss(logits, ids, torch.tensor([[0, 1, 1, 1]]))
+    sure = 50.0 * torch.nn.functional.one_hot(ids.roll(-1, dims=1), 448).float()
+    value, metrics = instruction.loss(sure, ids, mask)
     assert value.item() == pytest.approx(0, abs=1e-6) and metrics["token_accuracy"] == 1
 
 
-def test_loss_and_gradients_equal_those_of_the_libraries(
-    tiny_model, tiny_tokenizer, tmp_path, arch
-):
-    """transformers' own, TRL's, and what the trainer minimizes."""
-    from trl import SFTConfig, SFTTrainer
-
+def test_loss_and_gradients_equal_those_of_the_library(tiny_model, tiny_tokenizer, arch):
+    """transformers' own, and what the trainer minimizes."""
     model = tiny_model(arch)
     encoded = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
     ids, mask = batch(encoded)
@@ -86,15 +76,6 @@ def test_loss_and_gradients_equal_those_of_the_libraries(
     labels = ids.masked_fill(mask == 0, -100)
     assert_same_step(model, ours(), model(input_ids=ids, labels=labels).loss)
     assert_same_step(model, ours(), training.sft_loss(model, pack(encoded))[0])
-    options = dict(use_cpu=True, bf16=False, report_to="none", completion_only_loss=True)
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(str(tmp_path), **options),
-        train_dataset=encoded.dataset,
-        processing_class=tiny_tokenizer,
-    )
-    rows = [trainer.train_dataset[i] for i in range(len(ROWS))]
-    assert_same_step(model, ours(), trainer.compute_loss(model, trainer.data_collator(rows)))
 
 
 def test_alpaca_prompt_ends_where_the_response_begins():
@@ -117,18 +98,15 @@ def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer):
 
 def test_the_chapters_loop_learns_prompts_and_no_end(tiny_tokenizer):
     right = instruction.encode(ROWS, tiny_tokenizer, InstructionConfig())
-    settings = InstructionConfig(learn_prompt=True, learn_end=False)
+    settings = InstructionConfig(learn_prompt=True, learn_eos=False)
     wrong = instruction.encode(ROWS, tiny_tokenizer, settings)
     for good, bad in zip(right, wrong, strict=True):
         assert good.ids.tolist() == [*bad.ids, tiny_tokenizer.eos_token_id]
         assert bad.mask.all() and len(bad.mask) == len(bad.ids)
     assert wrong.response_tokens == wrong.tokens == right.tokens - len(ROWS)
-
-
-@pytest.mark.parametrize("setting", [{"template": "aplaca"}, {"max_length": 1}])
-def test_impossible_settings_are_refused(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        InstructionConfig(**setting)
+    for setting in ({"template": "aplaca"}, {"max_length": 1}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            InstructionConfig(**setting)
 
 
 def test_vary_keeps_count_and_mix():

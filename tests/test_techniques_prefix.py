@@ -1,7 +1,5 @@
 """Prefix tuning from scratch: truths of the method, then parity with PEFT on five architectures."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -36,20 +34,10 @@ def of_text(model):
     return made
 
 
-def examples(count=6):
-    """Prompt and response of different lengths."""
-    made = []
-    for i in range(count):
-        words = list(range(10, 13 + i))
-        mask = [0] * (len(words) + 2) + [1] * (len(words) + 1)
-        made.append(Example(np.array([3, *words, 4, *words, 1]), np.array(mask)))
-    return made
-
-
-def fit(model, folder=None, **settings):
+def fit(model, **settings):
     config = training.TrainConfig(**settings)
-    options = dict(output_dir=folder, progress=False)
-    return training.fit(model, examples(), training.sft_loss, config, **options)
+    examples = [Example(np.arange(3, 12 + i), (np.arange(9 + i) > 4).astype(int)) for i in range(6)]
+    return training.fit(model, examples, training.sft_loss, config, progress=False)
 
 
 def test_worked_layout():
@@ -70,7 +58,7 @@ def test_the_prefix_of_a_text_is_the_text(tiny_model, arch):
     mask = torch.cat([torch.ones_like(IDS), torch.zeros(2, 3, dtype=torch.long)], dim=1)
     with torch.no_grad():
         after = prefix.forward(model, of_text(model), IDS).logits
-        masked = prefix.forward(model, of_text(model), padded, mask).logits[:, :12]
+        masked = prefix.forward(model, of_text(model), padded, attention_mask=mask).logits[:, :12]
     assert (after - logits(model)).abs().max() > 0.1
     torch.testing.assert_close(after, read_before(model, IDS), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(masked, after)
@@ -86,9 +74,6 @@ def test_a_prefix_has_the_key_heads_of_the_cache(tiny_model, arch):
     past = model(input_ids=IDS, use_cache=True).past_key_values
     held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
     assert prefix.cache_bytes(shape, tokens=12, batch=2) == held
-    if heads < 4:  # the chapter counts query heads
-        with pytest.raises(RuntimeError):
-            prefix.forward(model, Prefix(shape._replace(heads=4), PLAIN), IDS)
 
 
 def test_counts_of_llama_2_7b():
@@ -105,27 +90,15 @@ def test_half_precision(tiny_model):
     assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
 
 
-def pair(make, arch, config):
-    """The same prefix twice: ours next to a frozen model, and PEFT's with our weights."""
+@both
+def test_parity_with_peft(tiny_model, arch, config):
     torch.manual_seed(1)
-    model = make(arch).requires_grad_(False)
+    model = tiny_model(arch).requires_grad_(False)
     ours = Prefix(prefix.kv_shape(model.config), config)
-    theirs = prefix.attach(make(arch), config).eval()
+    theirs = prefix.attach(tiny_model(arch), config).eval()
     twins = [p for p in theirs.parameters() if p.requires_grad]
     for mine, twin in zip(ours.parameters(), twins, strict=True):
         twin.data.copy_(mine)
-    return model, ours, theirs, twins
-
-
-def assert_same_gradients(ours, twins):
-    for parameter, twin in zip(ours.parameters(), twins, strict=True):
-        assert parameter.grad.abs().max() > 0
-        torch.testing.assert_close(parameter.grad, twin.grad, atol=1e-5, rtol=1e-4)
-
-
-@both
-def test_parity_with_peft(tiny_model, arch, config):
-    model, ours, theirs, twins = pair(tiny_model, arch, config)
     assert prefix.parameters(ours.shape, config) == models.parameter_counts(theirs).trainable
     mask = torch.ones_like(IDS)
     mask[1, 9:] = 0
@@ -137,7 +110,9 @@ def test_parity_with_peft(tiny_model, arch, config):
     torch.testing.assert_close(mine.loss, other.loss, atol=1e-6, rtol=1e-6)
     (mine.loss + other.loss).backward()
     assert all(p.grad is None for p in model.parameters())
-    assert_same_gradients(ours, twins)
+    for parameter, twin in zip(ours.parameters(), twins, strict=True):
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, twin.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_generation_continues_from_the_prefix(tiny_model, tiny_tokenizer, arch):
@@ -155,41 +130,12 @@ def test_generation_continues_from_the_prefix(tiny_model, tiny_tokenizer, arch):
 
 
 @both
-def test_the_trainers_loss_is_the_methods(tiny_model, arch, config):
-    """Against one unpadded example at a time, from scratch."""
-    from labkit.batching import pack
-
-    model, ours, theirs, twins = pair(tiny_model, arch, config)
-    total = torch.tensor(0.0)
-    for example in examples():
-        ids, mask = (torch.from_numpy(part)[None] for part in example)
-        labels = ids.masked_fill(mask == 0, -100)
-        total = total + prefix.forward(model, ours, ids, labels=labels).loss * mask.sum()
-    batch = pack(examples(), packing=False)
-    found, _ = training.sft_loss(theirs, batch)
-    torch.testing.assert_close(found, total / batch.weight, atol=1e-5, rtol=1e-5)
-    (found + total / batch.weight).backward()
-    assert_same_gradients(ours, twins)
-
-
-@both
 def test_training_moves_the_prefix_only(tiny_model, config):
     tuned = prefix.attach(tiny_model(), config)
     result = fit(tuned, learning_rate=0.1, max_steps=30, batch_size=6)
     assert result.loss < 0.8 * result.history[0]["loss"]
     origin = dict(tiny_model().named_parameters())
     assert all(torch.equal(p, origin[n]) for n, p in tuned.get_base_model().named_parameters())
-
-
-def test_a_resumed_training_ends_where_the_whole_one_does(tiny_model, tmp_path):
-    found = []
-    for extra in (dict(save_steps=4), dict(resume=str(tmp_path))):
-        torch.manual_seed(len(found))  # the second starts elsewhere
-        tuned = prefix.attach(tiny_model(), PLAIN)
-        fit(tuned, tmp_path, learning_rate=2e-2, max_steps=6, batch_size=3, **extra)
-        found.append(logits(tuned.eval()))
-        shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)  # go on from the fourth step
-    assert torch.equal(*found)
 
 
 def test_gradient_checkpointing_is_refused(tiny_model, tiny_tokenizer, tmp_path):
@@ -206,20 +152,6 @@ def test_gradient_checkpointing_is_refused(tiny_model, tiny_tokenizer, tmp_path)
             guarded.gradient_checkpointing_enable()
 
 
-def test_checkpointing_would_miss_the_prefix(tiny_model):
-    """Why it is refused: without the guard the library fails, or gives an answer without prefix."""
-    tuned = prefix.attach(tiny_model(), PLAIN).train()
-    before = logits(tuned)
-    base = tuned.get_base_model()
-    del base.gradient_checkpointing_enable, base.activation_checkpointing_enable
-    base.activation_checkpointing_enable()
-    try:
-        same = torch.allclose(tuned(input_ids=IDS).logits, before, atol=1e-4)
-    except RuntimeError:
-        same = False
-    assert not same, "gradient checkpointing now keeps the KV cache: the guard may go"
-
-
 @both
 def test_a_saved_prefix_comes_back_without_its_mlp(tiny_model, tiny_tokenizer, tmp_path, config):
     tuned = prefix.attach(tiny_model(), config).eval()
@@ -231,23 +163,11 @@ def test_a_saved_prefix_comes_back_without_its_mlp(tiny_model, tiny_tokenizer, t
 
 
 def test_refusals(tiny_model):
-    for config, text, name in (
-        (PrefixConfig(256), None, "length"),
-        (PLAIN, IDS, "text"),
-        (MADE, TEXT, "text"),
-    ):
-        with pytest.raises(ValueError, match=name):
+    for config, text in ((PLAIN, TEXT[1:]), (MADE, TEXT)):
+        with pytest.raises(ValueError):
             prefix.attach(tiny_model(), config, text=text)
     with pytest.raises(ValueError, match="adapters"):
         prefix.attach(prefix.attach(tiny_model(), PLAIN), PLAIN)
-    for wrong in ({"length": 0}, {"length": True}, {"hidden": -1}, {"hidden": 8.0}):
+    for wrong in ({"length": 0}, {"hidden": 8.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PrefixConfig(**wrong)
-
-
-def test_the_prefix_takes_its_part_of_the_context(tiny_model):
-    model = prefix.attach(tiny_model("gpt2"), PrefixConfig(length=16))
-    assert models.context_length(model) == 256 - 16
-    long = Example(np.full(250, 5), np.ones(250, dtype=np.int64))
-    with pytest.raises(ValueError, match="240"):
-        training.fit(model, [long], training.sft_loss)

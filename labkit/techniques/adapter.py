@@ -4,12 +4,12 @@
 
 Houlsby et al. (2019) put one after the attention and one after the MLP of each layer, Pfeiffer et
 al. (2020) after the MLP only; both before the sum with the residual stream. Since U is zero a model
-starts as itself; the chapter leaves U random, which changes the model before it has learned
-anything. f stands between two matrices, so an adapter cannot be merged and costs inference time.
+starts as itself (the chapter's random U changes it at once). f stands between two matrices, so an
+adapter cannot be merged and costs inference time.
 
-`Bottleneck` is the method to read. The last section makes it a method of PEFT, which saves, loads,
-switches and trains it like its own once this module is imported. Left out: layer norms that train
-as well (Houlsby), AdapterFusion, adapters in parallel to a sublayer.
+`Bottleneck` is the method to read. The last section makes it a method of PEFT, which saves, loads
+and switches it like its own once this module is imported. Left out: layer norms that train as well
+(Houlsby), AdapterFusion, adapters in parallel to a sublayer.
 """
 
 from __future__ import annotations
@@ -21,19 +21,15 @@ from typing import Any, Literal
 import peft
 import torch
 import torch.nn.functional as F
-from peft import mapping
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners import tuners_utils
 from torch import nn
 
 from labkit import models
 from labkit.config import Count, settings
 
 METHOD = "LABKIT_ADAPTER"  # the `peft_type` in a saved adapter's configuration
-PLACEMENTS = {"houlsby": ("attention", "mlp"), "pfeiffer": ("mlp",)}
-NAMES = {
-    "attention": ("self_attn", "attn", "attention", "self_attention"),
-    "mlp": ("mlp", "feed_forward"),
-}
+ATTENTION, MLP = ("self_attn", "attn", "attention", "self_attention"), ("mlp", "feed_forward")
+PLACEMENTS = {"houlsby": (ATTENTION, MLP), "pfeiffer": (MLP,)}  # by the names of sublayers
 
 
 @settings
@@ -49,7 +45,7 @@ class Bottleneck(nn.Module):
     """h + U f(D h + b) + c, the identity until U has trained. Maps (…, width) to (…, width).
 
     D is (m, width), U is (width, m). They are float32 whatever h is: steps of 1/128, as of
-    bfloat16, would swallow small updates. (On a quantized base TRL's trainers round them.)
+    bfloat16, would swallow small updates. (TRL's trainers round them on a quantized base.)
     """
 
     def __init__(self, width: int, config: AdapterConfig, device: Any = None) -> None:
@@ -72,25 +68,14 @@ def parameters(width: int, layers: int, config: AdapterConfig) -> int:
 
 
 def sublayers(model: Any, placement: str = "houlsby") -> dict[str, nn.Module]:
-    """The modules that get an adapter behind them, by full name, lowest layer first.
-
-    Raises ValueError for a model without a stack of layers that hold such modules.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    path = next((n for n, m in lists.items() if len(m) == depth), None)
-    if path is None:
-        raise ValueError(f"model: expected a list of {depth} layers in a {type(model).__name__}")
+    """The modules that get an adapter behind them, by full name, lowest layer first."""
     found = {}
-    for number, layer in enumerate(lists[path]):
-        children = dict(layer.named_children())
-        for kind in PLACEMENTS[placement]:
-            child = next((name for name in NAMES[kind] if name in children), None)
-            if child is None:
-                raise ValueError(
-                    f"model: expected one of {NAMES[kind]} in a layer, got {[*children]}"
-                )
-            found[f"{path}.{number}.{child}"] = children[child]
+    for path, block in models.blocks(model).items():
+        for names in PLACEMENTS[placement]:
+            name = next((name for name in names if hasattr(block, name)), None)
+            if name is None:
+                raise ValueError(f"model: expected one of {names} in {path}, got none")
+            found[f"{path}.{name}"] = getattr(block, name)
     return found
 
 
@@ -98,22 +83,17 @@ def attach(model: Any, config: AdapterConfig, name: str = "default") -> Any:
     """`model` as a PEFT model with adapters; only they train.
 
     Given a model that `attach` returned, adds one more adapter called `name` to it, inactive until
-    `set_adapter(name)`. Raises ValueError for adapters of another kind, or a name that is taken.
+    `set_adapter(name)`.
     """
-    settings = BottleneckConfig(task_type="CAUSAL_LM", **asdict(config))
+    peft_config = BottleneckConfig(task_type="CAUSAL_LM", **asdict(config))
     present = getattr(model, "peft_config", {})
-    if (
-        present
-        and not isinstance(model, peft.PeftModel)
-        or {c.peft_type for c in present.values()} - {METHOD}
-    ):
-        raise ValueError("model: expected no adapters, or those of attach, got other ones")
-    if name in present:
-        raise ValueError(f"name: expected a new adapter's name, got {name!r}")
+    ours = isinstance(model, peft.PeftModel) and model.peft_type == METHOD
+    if present and not ours or name in present:
+        raise ValueError(f"model: expected no adapters, or other ones of attach than {name!r}")
     with models.quiet_peft():
         if not present:
-            return peft.get_peft_model(model, settings, adapter_name=name)
-        model.add_adapter(name, settings)
+            return peft.get_peft_model(model, peft_config, adapter_name=name)
+        model.add_adapter(name, peft_config)
     return model
 
 
@@ -138,10 +118,10 @@ class BottleneckConfig(peft.PeftConfig):
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
-class AdaptedLayer(nn.Module, BaseTunerLayer):
-    """A frozen sublayer, `base_layer`, and the adapters behind it by name.
+class AdaptedLayer(nn.Module, tuners_utils.BaseTunerLayer):
+    """A frozen sublayer, `base_layer`, and the adapters behind it by name, the active ones in turn.
 
-    Of a tuple that comes out, the first is the hidden state. Several active adapters act in turn.
+    Of a tuple that comes out, the first is the hidden state.
     """
 
     adapter_layer_names = ("bottleneck",)
@@ -152,21 +132,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
-            return out
         h = out[0] if isinstance(out, tuple) else out
-        for name in self.active_adapters:
+        for name in () if self.disable_adapters else self.active_adapters:
             if name in self.bottleneck:
                 h = self.bottleneck[name](h)
         return (h, *out[1:]) if isinstance(out, tuple) else h
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(
-            "a bottleneck adapter cannot be merged: f stands between two matrices"
-        )
+        raise NotImplementedError("no merge of a bottleneck: f stands between two matrices")
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(tuners_utils.BaseTuner):
     """Puts an `AdaptedLayer` around each of the model's `sublayers`."""
 
     prefix = "bottleneck"
@@ -179,15 +155,7 @@ class BottleneckModel(BaseTuner):
         found = list(sublayers(model, peft_config.placement))
         peft_config.target_modules = peft_config.target_modules or found
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: Any,
-        current_key: str,
-    ) -> None:
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, **_):
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
         width = self.model.config.get_text_config().hidden_size
         device = next(layer.base_layer.parameters()).device
@@ -200,6 +168,6 @@ class BottleneckModel(BaseTuner):
 
 
 # PEFT finds a method by its `peft_type` in three tables; its own are an enum of strings.
-mapping.PEFT_TYPE_TO_CONFIG_MAPPING[METHOD] = BottleneckConfig
-mapping.PEFT_TYPE_TO_TUNER_MAPPING[METHOD] = BottleneckModel
-mapping.PEFT_TYPE_TO_PREFIX_MAPPING[METHOD] = "bottleneck"
+peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[METHOD] = BottleneckConfig
+peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[METHOD] = BottleneckModel
+peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[METHOD] = "bottleneck"

@@ -5,15 +5,14 @@
 
 Every token of a response gets its response's advantage. Both hold one set of weights less than
 PPO with a critic of its own, and pay with K samples for each prompt. The arithmetic is here to be
-read; the training is TRL's own RLOOTrainer and GRPOTrainer, given what `techniques.ppo` is given.
-Left out: their other options (servers, tools, other losses).
+read; the training is TRL's own, given what `techniques.ppo` is given. Left out: its other options.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -30,10 +29,9 @@ METHODS = ("rloo", "grpo")
 
 @settings
 class CriticFreeConfig:
-    """Settings of a run; names mean what they mean in `techniques.ppo.PPOConfig`.
+    """Settings of a run, as in `ppo.PPOConfig`; a prompt has `generations` responses.
 
-    A step takes `batch_size` / `generations` prompts, with `generations` responses each. RLOO
-    has its KL penalty in the reward, GRPO in the loss; both weigh it by `beta`.
+    RLOO has its KL penalty in the reward, GRPO in the loss; both weigh it by `beta`.
     """
 
     method: Literal["rloo", "grpo"] = "rloo"
@@ -49,17 +47,15 @@ class CriticFreeConfig:
     seed: Natural = 0
 
     def __post_init__(self) -> None:
-        for whole, part in (("batch_size", "minibatch_size"), ("minibatch_size", "generations")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{part}: expected a divisor of {whole}, got {getattr(self, part)}"
-                )
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(f"minibatch_size: expected a divisor of {self.batch_size}")
+        if self.minibatch_size % self.generations:
+            raise ValueError(f"generations: expected a divisor of {self.minibatch_size}")
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
     """r_i less the mean of the others in its group: rewards (prompts, K) → the same shape."""
-    others = rewards.shape[1] - 1
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / others
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
 
 
 def grpo_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
@@ -77,8 +73,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains `model` in place by TRL's trainer; returns `reward`, `length` and `kl` of each step.
 
-    The reference is `model` as it comes. Prompts and reward are those of `ppo.train`, and fail as
-    there.
+    The reference is `model` as it comes. Prompts and reward are those of `ppo.train`.
     """
     import transformers
     import trl
@@ -99,31 +94,28 @@ def train(
         return compute_rewards(reward, [prompt.content for prompt in known], completions, rows)
 
     trainer = getattr(trl, f"{config.method.upper()}Trainer")
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        models.unchanged(model),
-        models.no_progress_bar(),
-    ):
+    with TemporaryDirectory() as folder, models.unchanged(model), models.no_progress_bar():
         base = models.base_model(model)
         base.generation_config.eos_token_id = sorted(eos_ids(model, tokenizer, config.template))
         if config.beta and model is base:  # TRL loads the reference from where the config says
-            model.save_pretrained(f"{scratch}/reference")
-            model.config._name_or_path = f"{scratch}/reference"
+            model.save_pretrained(folder)
+            model.config._name_or_path = folder
         run = trainer(
             model=model,
             reward_funcs=score,
-            args=_arguments(model, config, scratch),
+            args=_arguments(model, config, folder),
             train_dataset=Dataset.from_dict({"prompt": texts, "number": numbers}),
             processing_class=tokenizer,
         )
-        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-            run.remove_callback(callback)
+        run.remove_callback(transformers.PrinterCallback)
         run.train()
     # TRL logs every update; those with a reward begin a step. Its KL is a mean over tokens.
-    names = {"reward": "reward", "length": "completions/mean_length", "kl": "kl"}
-    logged = [entry for entry in run.state.log_history if "reward" in entry]
-    history = [{name: e.get(key, math.nan) for name, key in names.items()} for e in logged]
-    return [{"step": i, **e, "kl": e["kl"] * e["length"]} for i, e in enumerate(history, 1)]
+    history: list[dict[str, float]] = []
+    for entry in [entry for entry in run.state.log_history if "reward" in entry]:
+        length, kl = entry["completions/mean_length"], entry.get("kl", math.nan)
+        found = {"reward": entry["reward"], "length": length, "kl": kl * length}
+        history.append({"step": len(history) + 1, **found})
+    return history
 
 
 def _arguments(model: Any, config: CriticFreeConfig, folder: str) -> Any:
@@ -142,7 +134,6 @@ def _arguments(model: Any, config: CriticFreeConfig, folder: str) -> Any:
         num_iterations=config.epochs,
         max_steps=config.steps * pieces * config.epochs,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
         max_completion_length=config.max_new_tokens,
         beta=config.beta,
         seed=config.seed,

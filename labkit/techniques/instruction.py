@@ -20,31 +20,28 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from labkit import data, evaluation
-from labkit.batching import Example, pack
+from labkit import batching, data, evaluation, logprobs, templates
 from labkit.config import settings
 from labkit.formats import Row
-from labkit.logprobs import evaluating, response_logps
-from labkit.templates import ALPACA, TEMPLATES, response
 
 
 @settings
 class InstructionConfig:
     """What a row becomes: `template` is one of `templates.TEMPLATES`, `max_length` counts tokens.
 
-    The chapter's loop (5.5.2) is `learn_prompt=True, learn_end=False`: it learns to write
+    The chapter's loop (5.5.2) is `learn_prompt=True, learn_eos=False`: it learns to write
     questions too, and never to stop.
     """
 
-    template: Annotated[str, Field(pattern=f"^({'|'.join(TEMPLATES)})$")] = "auto"
+    template: Annotated[str, Field(pattern=f"^({'|'.join(templates.TEMPLATES)})$")] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 256
     learn_prompt: bool = False
-    learn_end: bool = True
+    learn_eos: bool = True
 
 
 def format_alpaca(instruction: str, given: str = "", language: Literal["en", "zh"] = "en") -> str:
     """The prompt of the chapter's template (5.4.2), up to where the response begins."""
-    form = ALPACA[f"{language}_input" if given.strip() else language]
+    form = templates.ALPACA[f"{language}_input" if given.strip() else language]
     return form.format(instruction=instruction, input=given)
 
 
@@ -63,26 +60,20 @@ def loss(
     t + 1, so the first is never scored. `token_accuracy`: the most probable token is right.
     """
     mask, targets = response_mask[:, 1:].bool(), input_ids[:, 1:]
-    if not mask.any():
-        raise ValueError("response_mask: expected a response token after the first position")
     logp = logits[:, :-1].float().log_softmax(-1)
     value = -logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)[mask].mean()
-    right = logp.argmax(-1)[mask] == targets[mask]
-    found = {
-        "perplexity": value.exp(),
-        "token_accuracy": right.float().mean(),
-        "tokens": mask.sum(),
-    }
-    return value, {name: metric.item() for name, metric in found.items()}
+    accuracy = (logp.argmax(-1) == targets)[mask].float().mean().item()
+    tokens = mask.sum().item()
+    return value, {"perplexity": value.exp().item(), "token_accuracy": accuracy, "tokens": tokens}
 
 
 def encode(rows: list[Row], tokenizer: Any, config: InstructionConfig) -> data.Encoded:
     """`data.encode`, then with the config's two switches applied."""
     encoded = data.encode(rows, tokenizer, max_length=config.max_length, template=config.template)
-    stop = None if config.learn_end else -1
+    stop = None if config.learn_eos else -1
     masks = (np.ones_like(mask) if config.learn_prompt else mask for _, mask in encoded)
     pairs = zip(encoded, masks, strict=True)
-    examples = [Example(e.ids[:stop], mask[:stop]) for e, mask in pairs]
+    examples = [batching.Example(e.ids[:stop], mask[:stop]) for e, mask in pairs]
     return data.Encoded(examples, encoded.truncated, encoded.max_length)
 
 
@@ -99,10 +90,8 @@ def vary(
     Those are repeated up to `count`, so that compared conditions train for as many steps; fewer
     phrasings keep the mix of tasks and languages. Needs Tinytown's columns of a training split.
     """
-    wanted = {"lang": set(languages or ()), "task": set(families or ())}
-    kept = [
-        r for r in rows if all(not some or r[column] in some for column, some in wanted.items())
-    ]
+    langs, tasks = set(languages or ()), set(families or ())
+    kept = [r for r in rows if not langs or r["lang"] in langs if not tasks or r["task"] in tasks]
     groups = defaultdict(list)
     for row in kept:
         if phrasings is None or int(row["phrasing"].removeprefix("ask")) < phrasings:
@@ -120,15 +109,16 @@ def contains(row: Row, answer: str) -> bool:
     if exact or row.get("task") in ("listing", "story"):
         return exact
     text, edge = evaluation.normalize(answer), r"[a-z0-9]"
-    accepted = map(evaluation.normalize, row.get("accept", [response(row)]))
+    accepted = map(evaluation.normalize, row.get("accept", [templates.response(row)]))
     return any(re.search(f"(?<!{edge}){re.escape(right)}(?!{edge})", text) for right in accepted)
 
 
 @torch.no_grad()
-def end_probability(model: Any, encoded: Sequence[Example]) -> float:
+def end_probability(model: Any, encoded: Sequence[batching.Example]) -> float:
     """Mean probability of the last token of each example (the EOS) after the right response."""
     device = next(model.parameters()).device
-    last = (Example(ids, np.arange(len(ids)) // (len(ids) - 1)) for ids, _ in encoded)
-    with evaluating(model):
-        logps = [response_logps(model, pack([e], packing=False).to(device)) for e in last]
+    last = [batching.Example(ids, np.arange(len(ids)) // (len(ids) - 1)) for ids, _ in encoded]
+    batches = (batching.pack([example], packing=False).to(device) for example in last)
+    with logprobs.evaluating(model):
+        logps = [logprobs.response_logps(model, batch) for batch in batches]
     return torch.cat(logps).exp().mean().item()

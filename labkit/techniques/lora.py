@@ -2,10 +2,9 @@
 
     h = W0 x + (alpha / r) B A x        W0 (d, k) frozen, B (d, r) and A (r, k) trained
 
-A starts random and B at zero, so a model starts as itself; r (d + k) numbers train instead of
-d·k; and B A can be added to W0, which leaves no trace at inference. `LoRALinear` and `inject`
-are the method to read; `attach` is the same by PEFT. Left out: quantized weights (`qlora`),
-embeddings, DoRA and other variants (PEFT has them).
+B starts at zero, so a model starts as itself; r (d + k) numbers train instead of d·k; and B A can
+be added to W0, which leaves no trace at inference. `LoRALinear` and `inject` are the method to
+read; `attach` is the same by PEFT. Left out: quantized weights (`qlora`), embeddings, variants.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ ALL = "all-linear"
 class LoraConfig:
     """`rank` r of the update, `alpha` of its scale alpha / r, `dropout` before A.
 
-    `targets`: "all-linear" (every linear layer except the output head), or names of layers, such
-    as ("q_proj", "v_proj") or "q_proj,v_proj".
+    `targets`: "all-linear" (all but the output head), or such as ("q_proj",) or "q_proj,v_proj".
     """
 
     rank: Count = 8
@@ -40,22 +38,21 @@ class LoraConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its trainable update: h = W0 x + b + scale · B A x.
+    """A frozen linear layer `base` and its trainable update: h = W0 x + b + scale · B A x.
 
-    `base` is an `nn.Linear`, or GPT-2's `Conv1D`, which stores W0 transposed. `A` is (r, in),
-    `B` is (out, r); they are float32 where W0 has half precision, whose steps of 1/128 would
-    swallow small updates. Maps (…, in) to (…, out).
+    Maps (…, in) to (…, out); `A` is (r, in), `B` (out, r). They are float32 where W0 has half
+    precision, whose steps of 1/128 would swallow small updates.
     """
 
     def __init__(self, base: nn.Module, config: LoraConfig) -> None:
         super().__init__()
-        weight = base.weight
-        out, width = weight.T.shape if isinstance(base, Conv1D) else weight.shape
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+        weight = out_in(base)
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        kind = {"dtype": torch.float32 if half else weight.dtype, "device": weight.device}
         self.base, self.merged = base.requires_grad_(False), False
         self.scale = config.alpha / config.rank
-        self.A = nn.Parameter(torch.empty(config.rank, width, dtype=dtype, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(out, config.rank, dtype=dtype, device=weight.device))
+        self.A = nn.Parameter(torch.empty(config.rank, weight.shape[1], **kind))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], config.rank, **kind))
         self.dropout = nn.Dropout(config.dropout)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
@@ -72,45 +69,45 @@ class LoRALinear(nn.Module):
         return delta.T if isinstance(self.base, Conv1D) else delta
 
 
-def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Freezes every parameter of `model` and wraps its target layers, in place.
+def out_in(layer: Any) -> torch.Tensor:
+    """A layer's weight as (out, in); GPT-2's `Conv1D` stores it transposed."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
-    Returns the model (or, if it is itself a linear layer, its wrapper). Raises ValueError for
-    a model that already has adapters, and for targets that are missing or not linear.
+
+def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """`model`, in place, with every parameter frozen and a `LoRALinear` around each target layer.
+
+    Raises ValueError for a model with adapters, and for targets that are missing or not linear.
     """
-    found = find_targets(model, config.targets)
+    found = find_targets(model, config.targets).values()
     model.requires_grad_(False)
-    for name, layer in found.items():
-        wrapped = LoRALinear(layer, config).train(layer.training)
-        if name == "":
-            return wrapped
-        parent, _, child = name.rpartition(".")  # a top-level layer's parent is the model, ""
-        setattr(model.get_submodule(parent), child, wrapped)
-    return model
+    return replace(model, {layer: LoRALinear(layer, config) for layer in found})
+
+
+def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """`model`, in place, with modules exchanged for new ones, in the same train or eval mode."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in new:
+                setattr(parent, name, new[child].train(child.training))
+    return new.get(model, model)
 
 
 def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict[str, nn.Module]:
-    """The layers that `targets` mean, by full name; see `inject` for what is refused.
-
-    A target is a layer's last name or a longer ending of its full name, as in PEFT.
-    """
+    """The layers that `targets` mean, by full name, of which a target is an ending, as in PEFT."""
     if hasattr(model, "peft_config") or _wrapped(model):
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
-    known = dict(model.named_modules())
-    linear = {name: m for name, m in known.items() if isinstance(m, nn.Linear | Conv1D)}
     if targets == ALL:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        return {name: layer for name, layer in linear.items() if layer is not head}
+        return models.linear_layers(model)
+    linear = models.linear_layers(model, head=True)
     embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     chosen: set[str] = set()
     for target in targets.split(",") if isinstance(targets, str) else targets:
-        target = target.strip()
-        names = {name for name in known if f".{name}".endswith(f".{target}")}
+        ending = f".{target.strip()}"
+        names = {name for name, _ in model.named_modules() if f".{name}".endswith(ending)}
         if not names or any(n not in linear or linear[n].weight is embedding for n in names):
-            ends = sorted({name.rpartition(".")[2] for name in linear})
-            raise ValueError(
-                f"targets: expected linear layers, not tied, of {ends}, got {target!r}"
-            )
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise ValueError(f"targets: expected linear, untied ones of {known}, got {target!r}")
         chosen |= names
     return {name: layer for name, layer in linear.items() if name in chosen}
 
@@ -122,12 +119,10 @@ def _wrapped(model: nn.Module) -> list[LoRALinear]:
 def merge(model: nn.Module) -> nn.Module:
     """Adds each update to its weight, W = W0 + scale · B A, so inference costs nothing more.
 
-    In half precision the sum is rounded, so the merged model differs by that rounding. Raises
-    ValueError, with nothing merged, for inf or NaN in an adapter: it could not be undone.
+    Raises ValueError, with nothing merged, for inf or NaN in an adapter: it could not be undone.
     """
-    for name, tensor in lora_state(model).items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"model: {name}: expected finite numbers, got inf or NaN")
+    if wrong := [name for name, t in lora_state(model).items() if not t.isfinite().all()]:
+        raise ValueError(f"model: expected finite adapters, got inf or NaN in {wrong}")
     return _set_merged(model, True)
 
 
@@ -156,10 +151,9 @@ def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
     """Copies an adapter into `model`. Raises ValueError unless names and shapes all fit."""
     if any(layer.merged for layer in _wrapped(model)):
         raise ValueError("model: expected separate updates, got merged ones; call unmerge first")
-    expected, got = ({n: (*t.shape,) for n, t in s.items()} for s in (lora_state(model), state))
-    if expected != got:
-        name, _ = min(expected.items() ^ got.items())
-        raise ValueError(f"state: {name}: expected {expected.get(name)}, got {got.get(name)}")
+    expected, got = ({n: t.shape for n, t in s.items()} for s in (lora_state(model), state))
+    if wrong := expected.items() ^ got.items():
+        raise ValueError(f"state: names or shapes do not fit the model: {min(wrong)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -167,13 +161,11 @@ def attach(model: Any, config: LoraConfig) -> Any:
     """`model` as a PEFT model with the same adapters as `inject`; only they train.
 
     PEFT gets the layers by name: its own "all-linear" takes other ones in mixtures of experts.
-    Raises the same errors, before PEFT is imported.
     """
     found = find_targets(model, config.targets)
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
+    import peft
 
-    peft_config = PeftConfig(
+    peft_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
@@ -182,4 +174,4 @@ def attach(model: Any, config: LoraConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     with models.quiet_peft():
-        return get_peft_model(model, peft_config)
+        return peft.get_peft_model(model, peft_config)

@@ -39,18 +39,8 @@ from labkit.config import Count, Natural, NonNegative, Positive, Probability, se
 from labkit.generate import encode_prompts
 from labkit.logprobs import masked_mean, masked_whiten
 from labkit.progress import Line, check_finite
-from labkit.techniques.rollout import (
-    PolicyWithValue,
-    Reward,
-    Rollout,
-    batch_indices,
-    check_processes,
-    local_shard,
-    mean_over_ranks,
-    minibatches,
-    on_all_ranks,
-    rollout,
-)
+from labkit.techniques import rollout as rollouts
+from labkit.techniques.rollout import PolicyWithValue, Reward, Rollout, rollout
 from labkit.templates import Row
 
 logger = logging.getLogger("labkit")
@@ -63,11 +53,10 @@ FREE = ("resume", "save_steps", "sampling_batch", "kl_limit")  # may change when
 class PPOConfig:
     """Settings of a run; the defaults suit a small model on a CPU.
 
-    `steps` times, `batch_size` prompts (of all processes together) are answered and learned from
-    in `epochs` passes over minibatches, at a learning rate that falls to 0. `beta` weighs the KL
-    penalty, in the reward, or as k2 in the loss (`kl_in_loss`); with `kl_target` (nats per
-    response) it is adapted, over `kl_horizon` episodes. Beyond `kl_limit` (nats per response) the
-    run stops. `sampling_batch` responses are sampled at once. A checkpoint is written every
+    `batch_size` counts the prompts of a step in all processes; the learning rate falls to 0.
+    `beta` weighs the KL penalty, in the reward, or as k2 in the loss (`kl_in_loss`); with
+    `kl_target` (nats per response) it is adapted, over `kl_horizon` episodes; beyond `kl_limit`
+    the run stops. `sampling_batch` responses are sampled at once. A checkpoint is written every
     `save_steps` steps (0: never); `resume` names their folder, or one above it.
     """
 
@@ -100,8 +89,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatch_size:
-            size = self.minibatch_size
-            raise ValueError(f"minibatch_size: expected a divisor of {self.batch_size}, got {size}")
+            raise ValueError(f"minibatch_size: {self.minibatch_size} does not divide batch_size")
 
 
 # The mathematics. Tensors are (B, T), B responses of up to T tokens; masks are bool, True = keep.
@@ -200,9 +188,6 @@ def adapted(beta: float, kl: float, target: float, episodes: int, horizon: int) 
     return beta * (1 + error * episodes / horizon)
 
 
-# The loop: sample, score, learn. Each process does its share of every minibatch.
-
-
 def update(
     policy: nn.Module,
     sampled: Rollout,
@@ -223,14 +208,14 @@ def update(
     count, found = len(sampled.examples), []
     for epoch in range(config.epochs):
         order = random.permutation(count) if epoch else np.arange(count)
-        for rows in minibatches(order, config.minibatch_size):
+        for rows in rollouts.minibatches(order, config.minibatch_size):
             stats = minibatch_losses(policy, sampled, rows, old, beta, config)
             optimizer.zero_grad()
             stats["loss"].backward()
             norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
             optimizer.step()
             found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
-    metrics = mean_over_ranks(found)
+    metrics = rollouts.mean_over_ranks(found)
     for value in (metrics["loss"], metrics["gradient_norm"]):  # a step with either spoils weights
         check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
     explained = explained_variance(sampled.values, old["returns"], sampled.mask)
@@ -252,7 +237,7 @@ def minibatch_losses(
     policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
 ) -> dict[str, Tensor]:
     """`losses` of this process's shard of `rows`, weighted by its tokens: DDP takes the mean."""
-    inner, shard = getattr(policy, "module", policy), local_shard(rows)
+    inner, shard = getattr(policy, "module", policy), rollouts.local_shard(rows)
     batch = inner.pack([sampled.examples[i] for i in shard])
     weight = sampled.mask[shard].sum() / sampled.mask[rows].sum() * PartialState().num_processes
     known = {name: column[shard].to(inner.device) for name, column in old.items()}
@@ -291,17 +276,14 @@ def train(
 ) -> Result:
     """Trains `model` in place: `config.steps` times a rollout and an update.
 
-    `prompts` are texts, or rows with `prompt` or `messages`; `reward(prompts, responses)` gives
-    one number each. The reference is `model` as it comes, or with its adapters off; so a run is
-    resumed with the model it began with. The main process calls `log(metrics, step)` and, with
-    all texts and tokens, `on_rollout(rollout, metrics)`.
-
-    Raises ValueError before any work for what cannot work, what `compute_rewards` raises when the
-    reward fails, FloatingPointError when the loss does; checkpoints in `output_dir` stay.
+    Prompts are as in `rollout`. The reference is `model` as it comes, or with its adapters off; so
+    a run is resumed with the model it began with. The main process calls `log(metrics, step)` and
+    `on_rollout(rollout, metrics)`. Raises ValueError before any work for what cannot work, what
+    `compute_rewards` raises, FloatingPointError for a loss; checkpoints in `output_dir` stay.
     """
     config, started = config or PPOConfig(), time.perf_counter()
     state = PartialState(cpu=model.device.type == "cpu")
-    check_processes(config.minibatch_size)
+    rollouts.check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
@@ -325,25 +307,23 @@ def train(
                 log(metrics, len(history))
             now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
             line.show(f"step {len(history)}/{config.steps} · {now}")
-            last = len(history) == config.steps
-            due = config.save_steps and (last or len(history) % config.save_steps == 0)
-            if due and state.is_main_process and not stopped:
+            last, every = len(history) == config.steps, config.save_steps
+            due = every and (last or len(history) % every == 0) and not stopped
+            if due and state.is_main_process:
                 checkpoints.save(str(output_dir), len(history), policy, optimizer, run, made)
 
         while len(history) < config.steps and not stopped:
             step, draw = len(history), (config.seed, DRAWING)
-            numbers = batch_indices(len(encoded), config.batch_size, step, draw)
+            numbers = rollouts.batch_indices(len(encoded), config.batch_size, step, draw)
             chosen = [encoded[i] for i in numbers]
             sampled = rollout(policy, tokenizer, chosen, reward, config, step)
             metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run)
-            on_all_ranks(partial(finish, sampled, metrics))
+            rollouts.on_all_ranks(partial(finish, sampled, metrics))
     notes = tuple(f"step {step}: {remark}" for remark, step in run["notes"].items())
     return Result(history, len(history), time.perf_counter() - started, stopped, notes)
 
 
-def _prepare(
-    model: Any, config: PPOConfig
-) -> tuple[PolicyWithValue, nn.Module, torch.optim.Optimizer]:
+def _prepare(model: Any, config: PPOConfig) -> tuple[PolicyWithValue, nn.Module, Any]:
     """The policy, the policy as several processes train it, and its optimizer."""
     several = PartialState().num_processes > 1
     model.to(PartialState().device if several else model.device)

@@ -5,12 +5,10 @@ In every layer and head, P_K and P_V come before the keys and values of the text
     h = softmax(q [P_K; K]ᵀ / √d) [P_V; V]        P_K and P_V (length, d) trained, all else frozen
 
 They enter through the KV cache, as if `length` tokens had been read before: no weight changes,
-text starts at position `length`, and each token attends to `length` more keys, of which there are
-as many heads as in the cache. With the reparametrization, an MLP makes the prefix from a smaller
-table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward` are the
-method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
-encoder-decoders, prompt tuning (embeddings instead). Under a sliding window a long text leaves the
-prefix behind.
+and text starts at position `length`. With the reparametrization, an MLP makes the prefix from a
+smaller table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward`
+are the method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
+encoder-decoders. Under a sliding window a long text leaves the prefix behind.
 """
 
 from __future__ import annotations
@@ -56,10 +54,9 @@ def kv_shape(config: Any) -> Shape:
 
 
 class Prefix(nn.Module):
-    """The trained part; calling it gives one row of keys and values per prefix token.
+    """Trained rows of keys and values, one per prefix token: (length, layers · 2 · heads · head_dim).
 
-    Plain, the rows are the parameters: (length, layers · 2 · heads · head_dim), normal at the
-    start. With `hidden`, they are W2 tanh(W1 table + b1) + b2, table (length, heads · head_dim).
+    With `hidden`, they are W2 tanh(W1 table + b1) + b2, table (length, heads · head_dim).
     """
 
     def __init__(self, shape: Shape, config: PrefixConfig) -> None:
@@ -85,36 +82,28 @@ def cache(rows: torch.Tensor, shape: Shape, batch: int) -> DynamicCache:
     """The KV cache of a model that has read the prefix, the same for each of `batch` examples."""
     filled = DynamicCache()
     for layer, pair in enumerate(keys_values(rows, shape)):
-        keys, values = pair[:, None].expand(-1, batch, -1, -1, -1)
-        filled.update(keys, values, layer)
+        filled.update(*pair[:, None].expand(-1, batch, -1, -1, -1), layer)
     return filled
 
 
-def forward(
-    model: nn.Module,
-    prefix: Prefix,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    **inputs: Any,
-) -> Any:
+def forward(model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, **inputs: Any) -> Any:
     """What `model` gives for `input_ids` (B, T), padded on the right, after the prefix.
 
-    `attention_mask` (B, T) is the text's. Logits come for the T tokens of the text only.
+    An `attention_mask` (B, T) is the text's. Logits come for the T tokens of the text only.
     """
     rows = prefix().to(model.dtype)
-    if attention_mask is not None:
-        seen = attention_mask.new_ones(len(input_ids), len(rows))
-        attention_mask = torch.cat([seen, attention_mask], dim=1)
+    if (mask := inputs.get("attention_mask")) is not None:
+        seen = mask.new_ones(len(input_ids), len(rows))
+        inputs["attention_mask"] = torch.cat([seen, mask], dim=1)
     past = cache(rows, prefix.shape, len(input_ids))
-    return model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past, **inputs)
+    return model(input_ids=input_ids, past_key_values=past, **inputs)
 
 
 @torch.no_grad()
 def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The keys and values of a real text, ids (length,), as the rows of a prefix.
+    """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it.
 
-    With these rows a model answers as if it had read the text: a start from real words, which
-    the paper found better than a random one for few examples.
+    The paper found this start better than a random one for few examples.
     """
     past = model(input_ids=ids[None], use_cache=True).past_key_values
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]
@@ -135,55 +124,41 @@ def cache_bytes(shape: Shape, tokens: int, batch: int = 1, bytes_each: int = 4) 
 def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -> Any:
     """`model` as a PEFT model with a prefix; nothing else trains.
 
-    `text`, ids (length,), is the text to start from, see `text_rows`. Raises ValueError for a
-    model with adapters, a prefix that fills the context, or gradient checkpointing, also later.
-    Checkpoints of a training keep the rows only, so one with an MLP cannot be resumed.
+    `text`, ids (length,), is the text to start from if there is no MLP, see `text_rows`. Raises
+    ValueError for a model with adapters and for gradient checkpointing, also later. A training
+    with an MLP cannot be resumed: its checkpoints keep the rows only.
     """
+    import peft
+
     if hasattr(model, "peft_config"):
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
     if model.is_activation_checkpointing:
         _refuse_checkpointing()
-    context = models.context_length(model)
-    if context and config.length >= context:
-        raise ValueError(f"length: expected less than the context {context}, got {config.length}")
-    wanted = None if config.hidden else (config.length,)
-    if text is not None and text.shape != wanted:
-        raise ValueError(f"text: expected ids of shape {wanted}, got {tuple(text.shape)}")
-    from peft import PrefixTuningConfig, get_peft_model
-
-    rows = None if text is None else text_rows(model, text)
-    peft_config = PrefixTuningConfig(
+    peft_config = peft.PrefixTuningConfig(
         num_virtual_tokens=config.length,
         prefix_projection=config.hidden > 0,
         encoder_hidden_size=config.hidden or None,
         task_type="CAUSAL_LM",
     )
     with models.quiet_peft():
-        tuned = get_peft_model(model, peft_config)
-    if rows is not None:
-        tuned.prompt_encoder["default"].load_prompt_embeddings(rows)
+        tuned = peft.get_peft_model(model, peft_config)
+    if text is not None:
+        tuned.prompt_encoder["default"].load_prompt_embeddings(text_rows(model, text))
     return _guard(tuned)
 
 
 def _guard(tuned: Any) -> Any:
     """TRL switches gradient checkpointing on by default, long after `attach`."""
     base = tuned.get_base_model()
-    base.activation_checkpointing_enable = base.gradient_checkpointing_enable = (
-        _refuse_checkpointing
-    )
+    base.gradient_checkpointing_enable = _refuse_checkpointing
+    base.activation_checkpointing_enable = _refuse_checkpointing
     return tuned
 
 
 def _refuse_checkpointing(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "gradient_checkpointing: expected False with a prefix, got True: a layer computed again "
-        "in the backward pass gets no KV cache, and so would miss the prefix"
-    )
+    raise ValueError("gradient_checkpointing: a layer computed again would miss the prefix")
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
-    """`model` with the prefix that `models.save` or PEFT wrote to `folder`, in eval mode.
-
-    Only keys and values are saved, so a reparametrized prefix comes back as a plain one.
-    """
+    """`models.load_adapter` for a prefix; only keys and values were saved, so it has no MLP."""
     return _guard(models.load_adapter(model, folder))

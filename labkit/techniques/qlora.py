@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,9 +35,9 @@ BLOCK_SIZES = get_args(BlockSize)
 
 @settings
 class QloraConfig:
-    """`lora`: the adapter. `data_type`: "nf4", "fp4", or "int4", which only `inject` has.
+    """`data_type` "int4" is for `inject` only; a scale is that of `block_size` weights.
 
-    `block_size`: weights per scale. `double_quantization`: whether the scales have 8 bits.
+    With `double_quantization` the scales have 8 bits instead of 32.
     """
 
     lora: LoraConfig = LoraConfig()
@@ -54,7 +54,7 @@ class Linear4(nn.Module):
 
     def __init__(self, layer: nn.Module, config: QloraConfig) -> None:
         super().__init__()
-        weight = _out_in(layer)
+        weight = lora.out_in(layer)
         self.shape, self.dtype, self.source_cls = weight.shape, weight.dtype, type(layer)
         self.table, self.block_size = q.TABLES[config.data_type], config.block_size
         stored = q.quantize(weight, self.table, config.block_size, config.double_quantization)
@@ -76,72 +76,57 @@ class Linear4(nn.Module):
         return h if self.bias is None else h + self.bias
 
 
-def _out_in(layer: nn.Module) -> torch.Tensor:
-    weight = layer.weight.detach()
-    return weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-
-
 def inject(model: nn.Module, config: QloraConfig) -> nn.Module:
-    """From scratch, in place: all linear layers but the head in four bits, LoRA on the targets.
-
-    `lora.lora_state` and `lora.load_lora_state` work on it. Raises the errors of `lora.inject`.
-    """
+    """From scratch, in place: all linear layers but the head in four bits, LoRA on the targets."""
     linear = lora.find_targets(model).values()
     model = lora.inject(model, config.lora)
-    return _replace(model, {layer: Linear4(layer, config) for layer in linear})
-
-
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in new:
-                setattr(parent, name, new[child].train(child.training))
-    return model
+    return lora.replace(model, {layer: Linear4(layer, config) for layer in linear})
 
 
 def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -> Any:
     """All linear layers of `model` but the head in bitsandbytes' four bits, in place.
 
-    Each weight is quantized on its way to `device` (by default it stays where it is), which so
-    never holds the full model; the computation is in the type that the weights had. A model in
-    four bits already is checked instead. Raises ValueError for what bitsandbytes cannot do.
+    Each weight is quantized on its way to `device` (by default its own), which so never holds the
+    full model; the computation is in the type that the weights had. A model in four bits already
+    is checked instead. Raises ValueError for what bitsandbytes cannot do.
     """
     if config.data_type == "int4":
         raise ValueError("data_type: expected nf4 or fp4, which bitsandbytes has, got 'int4'")
+    options: dict[str, Any] = {"quant_type": config.data_type, "blocksize": config.block_size}
+    options["compress_statistics"] = config.double_quantization
     present = _four_bit(model)
     linear = present or lora.find_targets(model)
     for name, layer in linear.items():
         width = layer.nx if isinstance(layer, Conv1D) else layer.in_features
         on_cpu = torch.device(device or layer.weight.device).type == "cpu"
-        if on_cpu and width % config.block_size:
-            raise ValueError(
-                f"block_size: expected a divisor of {width}, the width of {name!r}, got "
-                f"{config.block_size}: bitsandbytes 0.50 gives wrong weights on a CPU"
-            )
+        if on_cpu and width % config.block_size:  # bitsandbytes 0.50 gives wrong weights there
+            raise ValueError(f"block_size: expected a divisor of {width}, the width of {name!r}")
     if experts := [name for name, p in model.named_parameters() if p.ndim > 2]:
         log.warning("quantize_model: no linear layer, so in full precision: %s", experts)
     while linear and not present:  # popped, so that the full weights are freed one by one
         _, layer = linear.popitem()
-        _replace(model, {layer: _linear4bit(layer, config, device or layer.weight.device)})
-    _guard(model, config)
+        lora.replace(model, {layer: _linear4bit(layer, options, device or layer.weight.device)})
+    for name, layer in _four_bit(model).items():
+        # On AVX512-BF16, bitsandbytes 0.50 would pack the weights anew in an evaluation: that
+        # rounds the scales, and gives wrong gradients from then on.
+        layer.support_avx512bf16_for_cpu = False
+        packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        found = {option: getattr(layer.weight, option) for option in options}
+        if packed or found != options:
+            raise ValueError(f"model: {name}: expected {options}, got {found}, packed: {packed}")
     return model if device is None else model.to(device)
 
 
-def _linear4bit(layer: nn.Module, config: QloraConfig, device: Any) -> nn.Module:
+def _linear4bit(layer: nn.Module, options: dict[str, Any], device: Any) -> nn.Module:
     import bitsandbytes as bnb
 
-    weight = _out_in(layer)
+    weight = lora.out_in(layer).detach().contiguous()
     out, width = weight.shape
     with torch.device("meta"):
         new = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=weight.dtype)
-    new.weight = bnb.nn.Params4bit(weight, module=new, **_options(config)).to(device)
+    new.weight = bnb.nn.Params4bit(weight, module=new, **options).to(device)
     new.bias, new.source_cls = layer.bias, type(layer)
     return new
-
-
-def _options(config: QloraConfig) -> dict[str, Any]:
-    scales = {"blocksize": config.block_size, "compress_statistics": config.double_quantization}
-    return {"quant_type": config.data_type, **scales}
 
 
 def _four_bit(model: nn.Module) -> dict[str, Any]:
@@ -150,27 +135,12 @@ def _four_bit(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in found if hasattr(m, "support_avx512bf16_for_cpu")}
 
 
-def _guard(model: nn.Module, config: QloraConfig) -> None:
-    """Keeps bitsandbytes 0.50 from packing weights anew in an evaluation with AVX512-BF16.
-
-    That would round the scales, and give wrong gradients from then on.
-    """
-    wanted = _options(config)
-    for name, layer in _four_bit(model).items():
-        layer.support_avx512bf16_for_cpu = False
-        packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-        found = {option: getattr(layer.weight, option) for option in wanted}
-        if packed or found != wanted:
-            raise ValueError(f"model: {name}: expected {wanted}, got {found}, packed: {packed}")
-
-
 def load(
     model: str, config: QloraConfig, *, device: str = "auto", dtype: str = "auto", **options: Any
 ) -> tuple[Any, Any]:
     """`models.load` into four bits: full weights pass through `device` one at a time.
 
-    `dtype` is of all else and of the computation. If the file has it too, the host maps the
-    weights from there and keeps no copy. Other options and errors as in `models.load`.
+    `dtype` is of all else and of the computation; if the file has it too, the host keeps no copy.
     """
     target = models.find_device(device)
     if dtype == "auto":  # nothing of it trains, so half precision costs nothing
@@ -181,10 +151,7 @@ def load(
 
 
 def attach(model: Any, config: QloraConfig) -> Any:
-    """`model` in four bits, in place, as a PEFT model with the adapters of `config.lora`.
-
-    Takes a model of `models.load` or of `load`. Raises the errors of both steps.
-    """
+    """`model` (of `models.load` or `load`) in four bits, in place, with PEFT's LoRA on top."""
     lora.find_targets(model, config.lora.targets)
     with _marked(quantize_model(model, config)):
         return lora.attach(model, config.lora)
@@ -209,27 +176,22 @@ def _marked(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def dequantize_model(model: Any) -> Any:
     """`model`, in place, with plain layers of weight Ŵ: it computes the same, at full size."""
-    ours = [module for module in model.modules() if isinstance(module, Linear4)]
     for holder in (model, getattr(model, "config", model)):  # what transformers leaves there
         for mark in ("is_quantized", "quantization_method", "quantization_config", "hf_quantizer"):
             vars(holder).pop(mark, None)
-    return _replace(model, {layer: _plain(layer) for layer in [*ours, *_four_bit(model).values()]})
+    ours = [module for module in model.modules() if isinstance(module, Linear4)]
+    found = [*ours, *_four_bit(model).values()]
+    return lora.replace(model, {layer: _plain(layer) for layer in found})
 
 
-def _plain(layer: Any, updates: Sequence[torch.Tensor] = ()) -> nn.Module:
-    """The layer of weight Ŵ + updates that a layer in four bits was before, in its own type."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        weight = _out_in(layer)
-    else:
+def _plain(layer: Any) -> nn.Module:
+    """The layer of weight Ŵ that a layer in four bits was before, in its own type."""
+    weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
+    if state is not None:
         nested = (state.state2.absmax, state.offset) if state.nested else ()
-        stored = q.Quantized(layer.weight.data, state.absmax, *nested)
-        table = q.TABLES[state.quant_type]
+        stored, table = q.Quantized(weight.data, state.absmax, *nested), q.TABLES[state.quant_type]
         weight = q.dequantize(stored, state.shape, table, state.blocksize).to(state.dtype)
-    weight = (weight + sum(updates)).to(weight.dtype)
-    if not weight.isfinite().all():
-        raise ValueError("model: expected finite weights and adapters, got inf or NaN")
-    (out, width), transposed = weight.shape, getattr(layer, "source_cls", type(layer)) is Conv1D
+    (out, width), transposed = weight.shape, getattr(layer, "source_cls", None) is Conv1D
     with torch.device("meta"):
         new = Conv1D(out, width) if transposed else nn.Linear(width, out, bias=False)
     new.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
@@ -241,17 +203,19 @@ def _plain(layer: Any, updates: Sequence[torch.Tensor] = ()) -> nn.Module:
 def merge(model: Any) -> Any:
     """`model` with W = Ŵ + scale · B A in plain layers, in the type that the weights had before.
 
-    At full size: PEFT's own merge puts the sum back into four bits, which rounds it once more.
-    The weights from before quantization would not do: the adapter was trained on top of Ŵ.
-    Raises ValueError, with nothing merged, where the sum is not finite.
+    PEFT's own merge puts the sum back into four bits, which rounds it once more. The weights from
+    before quantization would not do: the adapter was trained on top of Ŵ. Raises ValueError, with
+    nothing merged, for inf or NaN in the model.
     """
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError("model: expected finite weights and adapters, got inf or NaN")
     if not hasattr(model, "get_base_model"):
         return lora.merge(dequantize_model(model))
-    base = model.get_base_model()
+    base = dequantize_model(model.get_base_model())
     wrappers = [module for module in base.modules() if hasattr(module, "get_delta_weight")]
-    merged = {
-        w: _plain(w.get_base_layer(), [w.get_delta_weight(name) for name in w.active_adapters])
-        for w in wrappers
-    }
+    for wrapper in wrappers:
+        weight = lora.out_in(wrapper.get_base_layer())
+        for name in wrapper.active_adapters:
+            weight.add_(wrapper.get_delta_weight(name))
     del base.peft_config  # left on, the model would pass for one with adapters
-    return dequantize_model(_replace(base, merged))
+    return lora.replace(base, {wrapper: wrapper.get_base_layer() for wrapper in wrappers})

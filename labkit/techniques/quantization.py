@@ -19,17 +19,14 @@ SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
 def _nf4() -> Tensor:
-    """Quantiles of the standard normal, scaled to [-1, 1].
+    """Quantiles of the standard normal, scaled to [-1, 1]: seven below zero, zero, eight above.
 
-    They are at evenly spaced probabilities from 1 - (1/30 + 1/32) / 2 (to seven digits, as in
-    the published table) down to 1/2: eight steps above zero, seven below, and zero itself.
+    They are at evenly spaced probabilities between 1/2 and 1 - (1/30 + 1/32) / 2 (to seven
+    digits, as in the published table).
     """
-
-    def quantiles(steps: int) -> list[float]:
-        probabilities = torch.linspace(0.9677083, 0.5, steps + 1)[:-1].tolist()
-        return [NormalDist().inv_cdf(p) for p in probabilities]
-
-    values = torch.tensor([*(-q for q in quantiles(7)), 0.0, *reversed(quantiles(8))])
+    halves = (torch.linspace(0.9677083, 0.5, n + 1)[:-1].tolist() for n in (7, 8))
+    low, high = ([NormalDist().inv_cdf(p) for p in half] for half in halves)
+    values = torch.tensor([*(-value for value in low), 0.0, *reversed(high)])
     return values / values.max()
 
 
@@ -59,17 +56,15 @@ def to_codes(values: Tensor, table: Tensor, block_size: int = 64) -> tuple[Tenso
 
         s = max |w| over the block,    code = argmin_i |w / s - table_i|
 
-    n values of any shape give codes (n,) in uint8 and scales (ceil(n / block_size),) in
-    float32. A block of zeros has the scale 0.
+    n values of any shape give codes (n,) in uint8 and scales (ceil(n / block_size),) in float32.
     """
-    flat = values.detach().float().flatten()
+    flat, table = values.detach().float().flatten(), table.to(values.device)
     blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     scales = blocks.abs().amax(1)
-    divisors = scales.clamp(min=1e-38)[:, None]
+    divisors = scales.clamp(min=1e-38)[:, None]  # a block of zeros has the scale 0
     scaled = blocks * (1 / divisors)
     if len(flat) % block_size:  # there bitsandbytes divides, which can change a last bit
         scaled[-1] = blocks[-1] / divisors[-1]
-    table = table.to(flat.device)
     order = table.argsort(stable=True)
     middles = (table[order[1:]] + table[order[:-1]]) / 2
     codes = order[torch.bucketize(scaled.clamp(-1, 1), middles)]
@@ -96,8 +91,8 @@ def unpack(packed: Tensor, count: int) -> Tensor:
 class Quantized(NamedTuple):
     """A quantized weight: bytes of two codes, and a scale (absmax) per block.
 
-    Doubly quantized, `scales` are codes of 8 bits for their difference from `mean`, whose own
-    scales are `second_scales`, one per 256.
+    Doubly quantized, `scales` are codes of 8 bits for their difference from `mean` (which makes
+    use of the sign), with `second_scales`, one per 256.
     """
 
     packed: Tensor
@@ -107,10 +102,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: Tensor, table: Tensor, block_size: int, double: bool) -> Quantized:
-    """`weight` in four bits; with `double` its scales, less their mean, in eight.
-
-    The scales are all positive, so the mean is subtracted to make use of the sign.
-    """
+    """`weight` in four bits; with `double` its scales in eight."""
     codes, scales = to_codes(weight, table, block_size)
     if not double:
         return Quantized(pack(codes), scales)

@@ -334,7 +334,8 @@ def train(
     network = model if hasattr(model, "score") else with_head(model, tokenizer, config.seed)
     limit = min(config.max_length, models.context_length(network) or config.max_length)
     reward = RewardModel(network, tokenizer, config.template, limit)
-    examples, options = _examples(rendered, reward, config), dict(output_dir=output_dir, log=log)
+    examples = _examples(rendered, reward, config)
+    options: dict[str, Any] = dict(output_dir=output_dir, log=log)
     options |= dict(collate=pack_rankings, progress=progress)
     return reward, training.fit(Scorer(network), examples, ranking_loss, config, **options)
 
