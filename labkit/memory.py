@@ -281,6 +281,8 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
         stage: dict[str, Any] = {}
         if "minibatch_size" in own:  # rankings of Tinytown have up to four responses
             stage = {"batch_size": min(16, own["minibatch_size"]), "ranked": 4}
+        if technique == "reward":
+            stage["precision"] = "auto"  # its model is a float32 copy, whatever the policy's type
         if technique == "ppo":
             stage["batch_size"], stage["rank"] = own["minibatch_size"], own["lora_rank"]
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])
