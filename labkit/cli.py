@@ -1,7 +1,7 @@
 """The command line: list, run, report; refresh for those who write notebooks.
 
-Everything that can be refused is refused before a kernel starts, in one line, with exit
-status 2; a notebook that fails or is interrupted gives its own error and status 1.
+What can be refused is refused before a kernel starts, in one line, with exit status 2; a
+notebook that fails or is interrupted gives its own error and status 1.
 """
 
 from __future__ import annotations
@@ -68,20 +68,8 @@ def list_notebooks() -> None:
 @_all
 @click.option("--keep-going", is_flag=True, help="After a failure, run the others too.")
 @click.option("--force", is_flag=True, help="Run even what does not fit into memory as planned.")
-def run(
-    names: tuple[str, ...],
-    parameter: tuple[tuple[str, str], ...],
-    file: Path | None,
-    profile: str | None,
-    output: Path | None,
-    all_: bool,
-    keep_going: bool,
-    force: bool,
-) -> None:
-    """Run notebooks headless.
-
-    Parameters come from the profile, then from the file, then from -p; the last wins.
-    """
+def run(names, parameter, file, profile, output, all_, keep_going, force):  # type: ignore
+    """Run notebooks headless; of parameters in the profile, the file and -p, the last wins."""
     plans = []
     for path in _chosen(names, all_):
         values = notebooks.validate(_profile(profile, path) if profile else {}, path)
@@ -191,8 +179,8 @@ def _profile(profile: str, path: Path) -> dict[str, Any]:
     folder = notebooks.folder() / "params"
     file, own = folder / f"{profile}.yaml", folder / profile / f"{path.stem}.yaml"
     if not file.is_file():
-        known = sorted(f.stem for f in folder.glob("*.yaml"))
-        raise ValueError(f"no --profile {profile!r}; there are: {', '.join(known) or 'none'}")
+        known = ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
+        raise ValueError(f"no --profile {profile!r}; there are: {known}")
     mine = notebooks.parameters(path).keys() | notebooks.renamed(path).keys()
     values = {name: value for name, value in _yaml(file).items() if name in mine}
     return values | (_yaml(own) if own.is_file() else {})

@@ -30,7 +30,6 @@ from labkit.templates import render as render
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-_FILES = "a file ending in .json, .jsonl, .ndjson, .csv, .tsv (each also .gz) or .parquet"
 
 
 class Registered(NamedTuple):
@@ -69,14 +68,12 @@ def load(
 ) -> list[Row]:
     """Rows with TRL's columns, from Tinytown, a registered name, a hub id, or a local file.
 
-    data: "tinytown"; a name in `REGISTERED`; a hub id `owner/name` or `owner/name:config`; or a
-    file of JSON, JSON lines, CSV or Parquet in a format that `formats` knows.
+    data: "tinytown", a name in `REGISTERED`, `owner/name` or `owner/name:config`, or a file of
+    JSON, JSON lines, CSV or Parquet in a format that `formats` knows.
     split: a file, and a hub set that lacks a split, is cut 90/5/5 into "train", "validation" and
-    "test". The cut does not depend on `seed`; a file's rows that are equal, or from one record,
-    stay together. limit: at most so many rows, sampled by `seed` (Tinytown: generated).
-
-    Raises FileNotFoundError or ValueError naming `data`, the file, and the line or row;
-    ConnectionError if the hub cannot be reached.
+    "test", whatever `seed` is; a file's rows that are equal, or from one record, stay together.
+    limit: at most so many rows, sampled by `seed` (Tinytown: generated).
+    Raises FileNotFoundError, ValueError naming the file and row, or ConnectionError (the hub).
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a whole number from 1, or None for all, got {limit!r}")
@@ -96,7 +93,7 @@ def _read(path: Path) -> list[Row]:
     suffix = _SUFFIX.search(path.name)
     path.stat()  # raises where there is none
     if path.is_dir() or not suffix:
-        raise ValueError(f"data: expected {_FILES}, got {path}")
+        raise ValueError(f"data: expected JSON, JSON lines, CSV, TSV or Parquet, got {path}")
     try:
         if (kind := suffix[1].lower()) == "parquet":
             import pyarrow.parquet
@@ -247,11 +244,9 @@ class Encoded(Sequence):
 
     def summary(self) -> str:
         """One line: rows, tokens, the share that carries loss, how many rows were cut."""
-        return (
-            f"{len(self):,} rows · {self.tokens:,} tokens ({self.tokens / len(self):.1f} per row) · "
-            f"{self.response_tokens:,} with loss ({self.response_tokens / self.tokens:.0%}) · "
-            f"{self.truncated:,} cut to {self.max_length} tokens"
-        )
+        learned = f"{self.response_tokens:,} with loss ({self.response_tokens / self.tokens:.0%})"
+        lengths = f"{self.tokens:,} tokens, {learned}, {self.truncated:,} cut to {self.max_length}"
+        return f"{len(self):,} rows: {lengths}"
 
 
 def encode(

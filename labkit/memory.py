@@ -163,7 +163,8 @@ def plan(
     if precision == "auto":
         half = device == "cuda" or (models.cpu_has_bf16() and count >= 1_000_000)
         precision = "mixed" if half else "fp32"
-    setting = Setting(technique, device, precision, **options)  # type: ignore[arg-type]
+    fixed: dict[str, Any] = {"technique": technique, "device": device, "precision": precision}
+    setting = Setting(**fixed, **options)
     memory = free(device) if device_memory is None else float(device_memory)
     return Plan(f"{name}, {size} parameters", config, setting, memory, simulate(config, setting))
 

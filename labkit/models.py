@@ -221,8 +221,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     file = Path(folder).expanduser() / "adapter_model.safetensors"
     folder, record = file.parent, file.with_name("labkit.json")  # not there if PEFT wrote it
     if not file.is_file():
-        named = [path.parent.name for path in folder.glob(f"*/{file.name}")]
-        raise FileNotFoundError(f"folder: {folder} has no {file.name} (in folders of it: {named})")
+        raise FileNotFoundError(f"{file}; there are {[*map(str, folder.rglob(file.name))]}")
     if hasattr(model, "peft_config"):
         raise ValueError("model: it has adapters already; merge them, or load it again")
     put_back, given = snapshot(model), _made_of(model)
@@ -255,11 +254,9 @@ def base_model(model: Any) -> Any:
 
 def linear_layers(model: Any, head: bool = False) -> dict[str, Any]:
     """All linear layers (also GPT-2's `Conv1D`) by full name; the output head only with `head`."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
+    kinds = torch.nn.Linear | transformers.pytorch_utils.Conv1D
     output = None if head else getattr(model, "get_output_embeddings", lambda: None)()
-    found = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, kinds))
     return {name: layer for name, layer in found if layer is not output}
 
 

@@ -1,7 +1,6 @@
 """Find, parameterize, execute and clean the notebooks.
 
-papermill does the executing. It checks no values, so they are checked here against the notebook's
-own parameters cell, before a kernel starts.
+papermill executes them, and checks no values: that is done here, before a kernel starts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 @dataclass
 class NotebookInfo:
-    """What `labkit list` shows; question, cost and claims come from the metadata `labkit`."""
+    """What `labkit list` shows; all but name, path and title come from the metadata `labkit`."""
 
     name: str
     path: Path
@@ -56,8 +55,7 @@ def find(name: str) -> Path:
     if name.endswith(".ipynb") and Path(name).is_file():
         return Path(name)
     paths = sorted(folder().glob("[0-9]*.ipynb"))
-    known = {part.lower(): path for path in paths for part in path.stem.split("_", 1)}
-    known |= {path.stem.lower(): path for path in paths}
+    known = {n.lower(): p for p in paths for n in (*p.stem.split("_", 1), p.stem)}
     wanted = Path(name).stem.lower().replace("-", "_")
     if wanted not in known:
         raise ValueError(f"no notebook is called {name!r}{nearest(wanted, known)}; see labkit list")

@@ -24,8 +24,7 @@ def loss_curve(
 ) -> Any:
     """Loss against step, from a history of dicts with `step` and `loss`, or several by label."""
     runs = history if isinstance(history, Mapping) else {"": history}
-    points = {label: [e for e in entries if "loss" in e] for label, entries in runs.items()}
-    series = {k: ([e["step"] for e in p], [e["loss"] for e in p]) for k, p in points.items()}
+    series = {k: ([e["step"] for e in p], [e["loss"] for e in p]) for k, p in runs.items()}
     return lines(series, xlabel="step", ylabel=ylabel, title=title)
 
 
@@ -47,9 +46,9 @@ def sweep(
     reference: Mapping[str, float] | None = None,
     **labels: str,
 ) -> Any:
-    """A hyperparameter's effect: `{label: [values of the seeds, for each x]}` as mean ± std.
+    """A hyperparameter's effect, `{label: [values of the seeds, for each x]}`, as mean ± std.
 
-    `reference` draws dashed horizontal lines, such as full fine-tuning in a sweep of ranks.
+    `reference` draws horizontal lines, such as full fine-tuning in a sweep of ranks.
     """
     figure, axes = figure_axes(**labels)
     for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
@@ -93,10 +92,7 @@ def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
 
 
 def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: str) -> Any:
-    """Bars of `{label: number or values of the seeds}`, or grouped: `{series: {label: …}}`.
-
-    `percent` is for shares between 0 and 1: they are shown as percentages.
-    """
+    """Bars of `{label: number or values of the seeds}`, or grouped: `{series: {label: …}}`."""
     grouped = bool(values) and all(isinstance(v, Mapping) for v in values.values())
     groups: dict[str, Mapping[str, Any]] = dict(values) if grouped else {"": values}
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -168,8 +164,8 @@ def _figure_class() -> type:
 def _style() -> dict[str, Any]:
     from matplotlib.font_manager import fontManager
 
-    installed = sorted({*_CJK_FONTS.split(", ")} & {font.name for font in fontManager.ttflist})
-    return _STYLE | {"font.family": ["DejaVu Sans", *installed]}
+    installed = {font.name for font in fontManager.ttflist} & {*_CJK_FONTS.split(", ")}
+    return _STYLE | {"font.family": ["DejaVu Sans", *sorted(installed)]}
 
 
 def _mean_std(value: Any) -> tuple[float, float]:

@@ -33,7 +33,6 @@ _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
 _PACKAGES = """labkit torch transformers trl peft bitsandbytes datasets accelerate tokenizers
 safetensors numpy wandb papermill"""
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
-_SEED = re.compile(r"(^|_)seeds?$")
 _UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
 _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
 
@@ -291,13 +290,12 @@ def _line(file: str, name: str) -> str:
 
 def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
     given = {k: "(hidden)" if _SECRET.search(k) else v for k, v in plain(parameters).items()}
-    seeds = {k: v for k, v in given.items() if _SEED.search(k)}
     record = {"schema": 1, "notebook": notebook, "id": folder.name, "status": "running"}
-    record |= {"error": "", "started": _now(), "ended": "", "seconds": 0.0}
-    record |= {"parameters": given, "seeds": seeds, "versions": versions(), "commit": commit()}
-    record |= {"hardware": hardware(), "process": [_MACHINE, os.getpid()], "timings": {}}
-    record |= {"peak_memory_bytes": 0, "metrics": {}, "claims": [], "tables": {}}
-    return record | {"artifacts": [], "history": []}
+    record |= {"error": "", "started": _now(), "ended": "", "seconds": 0.0, "parameters": given}
+    record |= {"seeds": {k: v for k, v in given.items() if re.search(r"(^|_)seeds?$", k)}}
+    record |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
+    record |= {"process": [_MACHINE, os.getpid()], "timings": {}, "peak_memory_bytes": 0}
+    return record | {"metrics": {}, "claims": [], "tables": {}, "artifacts": [], "history": []}
 
 
 def _write_record(folder: Path, record: Values) -> None:

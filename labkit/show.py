@@ -8,7 +8,6 @@ from typing import Any
 
 from .templates import Row, prompt_text, response
 
-_TEXTS = "text-align:left;vertical-align:top;white-space:pre-wrap"
 _MASKS = ("border:1px solid #8885;opacity:.65", "border:1px solid #2a6;background:#2a63")
 
 
@@ -48,7 +47,7 @@ class Table:
 class SideBySide(Table):
     """A table of long texts: line breaks are kept; as plain text, one line per cell."""
 
-    style = _TEXTS
+    style = "text-align:left;vertical-align:top;white-space:pre-wrap"
 
     def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
         super().__init__([dict(zip(columns, row, strict=True)) for row in cells])

@@ -1,8 +1,7 @@
 """Renders a row as the two texts that a model reads: the prompt and the completion.
 
-Loss falls on the completion only, which ends with the EOS, so that the model learns to stop.
-Prompt and completion together are what the chat template itself renders; what it puts before an
-answer (an empty block of thoughts) belongs to the prompt, and is no part of the answer.
+Loss falls on the completion only, which ends with the EOS. Together they are what the chat
+template renders; what it puts before an answer (empty thoughts) belongs to the prompt.
 """
 
 from __future__ import annotations
@@ -47,8 +46,6 @@ def render(row: Row, tokenizer: Any, template: str = "auto") -> Rendered:
 def renderer(tokenizer: Any, template: str = "auto") -> Callable[[Row], Rendered]:
     """`render` for many rows: what depends on the tokenizer only is found out once."""
     template, end = _resolve(tokenizer, template), tokenizer.eos_token
-    if not end:
-        raise ValueError("tokenizer: expected an eos_token, got none; nothing could learn to stop")
     ids = tokenizer("a")["input_ids"]
     begin = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
     frame = _answer_frame(tokenizer) if template == "chat" else None
@@ -120,7 +117,7 @@ def _prompt(row: Row, template: str) -> str:
     if instruction is None:
         messages, given = turns(row), ""
         if len(messages) != 1:
-            raise ValueError(f"template: Alpaca's takes one question, got {len(messages)} turns")
+            raise ValueError(f"template: {template} takes one question, got {len(messages)} turns")
         instruction = messages[0]["content"]
     form = ("zh" if template == "alpaca_zh" else "en") + ("_input" if given.strip() else "")
     return ALPACA[form].format(instruction=instruction, input=given)

@@ -21,6 +21,9 @@ class HubServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def log_message(self, *_):
+                pass
+
             def do_GET(self):
                 hub.paths.append(self.path)
                 status, headers, data = hub.answer(self.path.split("?")[0])
@@ -32,11 +35,7 @@ class HubServer:
 
             do_HEAD = do_GET
 
-            def log_message(self, *args):
-                pass
-
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self

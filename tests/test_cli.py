@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import click
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -31,12 +30,8 @@ time.sleep(60)"""
 
 def save(path, code, parameters="rank: int = 8\ndata = 'tinytown'\nresume = ''", **about):
     """A notebook that runs in a second: a parameters cell and one cell of `code`."""
-    cells = [
-        new_markdown_cell("# Tiny\n\nA question."),
-        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        new_markdown_cell("## Work"),
-        new_code_cell(code),
-    ]
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [new_markdown_cell("## Work"), new_code_cell(code)]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=cells, metadata={"labkit": about}), path)
     return path
@@ -80,15 +75,12 @@ def record_of(folder):
 REFUSED = [
     ("tyni", ["tyni"]),
     ("rnak", ["tiny", "-p", "rnak", "4"]),
-    ("rank", ["tiny", "-p", "rank", "big"]),
     ("rank", ["tiny", "-p", "rank", "-1"]),
     ("missing.yaml", ["tiny", "-f", "missing.yaml"]),
     ("list.yaml", ["tiny", "-f", "list.yaml"]),
-    ("broken.yaml", ["tiny", "-f", "broken.yaml"]),
     ("gpuu", ["tiny", "--profile", "gpuu"]),
     ("list.yaml", ["tiny", "--output", "list.yaml"]),
     ("notebook", []),
-    ("2 arguments", ["tiny", "-p", "rank"]),
     ("03_bad", ["tiny", "bad", "-p", "r", "4"]),  # the second is bad: the first must not run
 ]
 
@@ -96,7 +88,6 @@ REFUSED = [
 @pytest.mark.parametrize(("named", "arguments"), REFUSED)
 def test_bad_input_is_refused_before_a_kernel_starts(library, call, monkeypatch, named, arguments):
     Path("list.yaml").write_text("- 1\n")
-    Path("broken.yaml").write_text("a: [1\n")
     monkeypatch.setattr(notebooks, "execute", lambda *_, **__: pytest.fail("a kernel was started"))
     status, out, err = call("run", *arguments)
     assert status == 2 and out == "" and named in err and "Traceback" not in err
@@ -128,6 +119,8 @@ def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):
     assert record_of(folder)["status"] == "failed" and "no 32" in record_of(folder)["error"]
     assert (folder / "notebook.ipynb").exists()
     assert not Path("mine/runs/02_tiny").exists()  # stopped at the first failure
+    assert call("run", "bad", "tiny", "--keep-going")[0] == 1
+    assert (library / "runs" / "02_tiny").exists()
 
 
 def test_later_sources_of_parameters_win(library, call, monkeypatch):
@@ -157,13 +150,6 @@ def test_what_cannot_fit_is_refused_unless_forced(library, call, monkeypatch):
     assert status == 2 and not ran and "huge" in err
     assert call("run", "02_lora", "-p", "model", "huge", "--force")[0] == 0
     assert call("run", "02_lora")[0] == 0 and len(ran) == 2
-
-
-def test_keep_going_runs_the_rest_and_still_fails(library, call, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cli, "_run_one", lambda path, *_: seen.append(path.stem) or False)
-    status, _, err = call("run", "--all", "--keep-going")
-    assert status == 1 and seen == ["02_tiny", "03_bad"] and "02_tiny, 03_bad" in err
 
 
 def test_refresh_executes_in_place_and_leaves_a_failing_notebook_alone(library, call):
@@ -207,5 +193,3 @@ def test_the_commands_of_the_readme_parse():
     lines = [line.split("#")[0].split() for line in text.splitlines() if line[:7] == "labkit "]
     for _, command, *arguments in lines:
         cli.app.commands[command].make_context(command, arguments)
-    with pytest.raises(click.UsageError):
-        cli.app.commands["run"].make_context("run", ["lora", "--no-such-option"])

@@ -12,7 +12,7 @@ from labkit import notebooks
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 TECHNIQUES = [path for path in PATHS if path.stem != "00_start_here"]
-SECTIONS = """Setup, The idea, The core, By hand, The data, Train, Evaluate, Vary one dial,
+SECTIONS = """Setup, The idea, The core, By hand, The data, Train, Evaluate, Ablation,
 Claims, Explore, Exercises, Close""".replace("\n", " ").split(", ")
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:root|home|Users|tmp|work|mnt|opt)/\w+")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -58,7 +58,7 @@ def test_executed_in_order_in_cells_that_a_reader_takes_in(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert lines and (len(lines) <= 20 or "parameters" in cell.metadata.get("tags", []))
+        assert lines and (len(lines) <= 30 or "parameters" in cell.metadata.get("tags", []))
 
 
 @every
@@ -82,16 +82,12 @@ def test_the_first_code_cell_holds_the_parameters(path):
 
 
 @each_technique
-def test_a_question_and_a_prediction_come_first(path):
+def test_a_question_and_a_prediction_come_first_and_the_sections_once_in_order(path):
     cells = read(path).cells
     first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code")
     before = " ".join(cell.source for cell in cells[:first]).lower()
     assert "question" in before and "prediction" in before
-
-
-@each_technique
-def test_the_sections_come_once_each_in_order(path):
-    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     titles = [title.strip() for title in re.findall(r"(?m)^## (.+)$", text)]
     assert [title for title in titles if title in SECTIONS] == SECTIONS
 
@@ -115,8 +111,3 @@ def test_profiles_hold_good_values_of_parameters_that_exist():
             notebooks.validate(yaml.safe_load(file.read_text("utf-8")), path)
     for file in params.glob("*.yaml"):
         assert set(yaml.safe_load(file.read_text("utf-8"))) <= known, file.name
-
-
-@every
-def test_the_readme_links_the_notebook(path):
-    assert f"(notebooks/{path.name})" in (ROOT / "README.md").read_text("utf-8")

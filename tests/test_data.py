@@ -4,8 +4,7 @@ import csv
 import gzip
 import json
 import lzma
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,33 +51,32 @@ def converted(*rows):
     return formats.convert(rows, "mine")
 
 
+def every_part(path):
+    return [row for split in SPLITS for row in data.load(str(path), split=split)]
+
+
 @needs(SEEDS)
 def test_seed_tasks_load_and_encode_as_they_are(tiny_tokenizer):
-    rows = [row for split in SPLITS for row in data.load(str(SEEDS), split=split)]
+    rows = every_part(SEEDS)
     assert len(rows) == len({row["id"] for row in rows}) == 175  # the parts do not overlap
     raw = {task["id"]: task for task in map(json.loads, SEEDS.read_text("utf-8").splitlines())}
     for row in rows:
         instance = raw[row["id"]]["instances"][0]
-        assert row["completion"] == instance["output"]
+        assert row["completion"] == instance["output"] and instance["input"] in row["prompt"]
         assert row["prompt"].startswith(raw[row["id"]]["instruction"])
-        assert instance["input"] in row["prompt"]
     encoded = data.encode(rows[:20], tiny_tokenizer, max_length=128)
     assert len(encoded) == 20 and max(len(example.ids) for example in encoded) == 128
-    assert encoded.truncated > 0 and f"{encoded.truncated} cut to 128" in encoded.summary()
+    assert encoded.truncated > 0
 
 
 @needs(TRANSCRIPTS)
 def test_transcripts_load_as_they_are():
-    rows = [row for split in SPLITS for row in data.load(str(TRANSCRIPTS), split=split)]
+    rows = every_part(TRANSCRIPTS)
     assert len(rows) == 2312
     for row in rows:
         assert row["prompt"][0]["role"] == row["prompt"][-1]["role"] == "user"
         assert [m["role"] for m in row["chosen"] + row["rejected"]] == ["assistant"] * 2
         assert row["chosen"] != row["rejected"]
-    with gzip.open(TRANSCRIPTS, "rt", encoding="utf-8") as file:
-        first = json.loads(next(file))
-    (found,) = [r for r in rows if r["chosen"][0]["content"].startswith("No, sorry!  All of")]
-    assert first["chosen"].endswith(found["chosen"][0]["content"]) and len(found["prompt"]) == 5
 
 
 def test_the_same_rows_from_every_file_type(tmp_path):
@@ -110,19 +108,14 @@ def test_the_same_rows_from_every_file_type(tmp_path):
 
 @pytest.mark.parametrize("count, held", [(3, 1), (10, 1), (200, 10)])
 def test_parts_of_a_file_are_disjoint_and_complete(tmp_path, count, held):
-    path = write(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(count)])
-    parts = [data.load(path, split=split, seed=seed) for seed, split in enumerate(SPLITS)]
-    assert [len(part) for part in parts] == [count - 2 * held, held, held]
-    assert {row["text"] for part in parts for row in part} == {f"row {i}" for i in range(count)}
-
-
-def test_instances_of_one_task_stay_in_one_part(tmp_path):
-    instances = [{"input": str(i), "output": "x"} for i in range(4)]
-    rows = [{"id": i, "instruction": "do", "instances": instances} for i in range(30)]
+    """Instances of one task stay in one part."""
+    instances = [{"output": "x"}, {"output": "y"}]
+    rows = [{"instruction": f"{i}", "instances": instances} for i in range(count)]
     path = write(tmp_path / "a.jsonl", rows)
-    parts = [[row["id"] for row in data.load(path, split=split)] for split in SPLITS]
-    assert [len(part) for part in parts] == [26 * 4, 2 * 4, 2 * 4]
-    assert sum(len(set(part)) for part in parts) == 30
+    parts = [data.load(path, split=split, seed=seed) for seed, split in enumerate(SPLITS)]
+    assert [len(part) for part in parts] == [2 * (count - 2 * held), 2 * held, 2 * held]
+    seen = [{row["prompt"] for row in part} for part in parts]
+    assert sum(map(len, seen)) == count == len(set.union(*seen))
 
 
 @settings(deadline=None, max_examples=30)
@@ -160,25 +153,17 @@ def test_errors_name_the_row_of_the_file(tmp_path, make_tokenizer):
 
 BAD_FILES = {
     "empty file": ("a.jsonl", b"", ""),
-    "only blank lines": ("a.jsonl", b"\n \n", ""),
     "malformed line": ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', ".*line 3"),
-    "no object": ("a.jsonl", b'{"text": "a"}\n[1]\n', ".*line 2"),
     "malformed json": ("a.json", b'[{"text": "a"},\n{"text": }]', ".*line 2"),
-    "empty list": ("a.json", b"[]", ""),
-    "json of a number": ("a.json", b"3", ""),
     "several splits": ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', ".*test"),
     "deep json": ("a.json", b"[" * 200_000, ""),
     "long number": ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 6000 + b"}", ".*line 1"),
     "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ""),
-    "not gzip": ("a.jsonl.gz", b'{"text": "a"}', ""),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 9)[:-9], ""),
     "short csv row": ("a.csv", b"prompt,completion\na,b\nc\n", ".*line 3"),
-    "long csv row": ("a.csv", b"prompt,completion\na,b,c\n", ".*line 2"),
     "one name twice": ("a.csv", b"prompt,prompt,completion\na,b,c\n", ".*prompt"),
-    "csv header only": ("a.csv", b"prompt,completion\n", ""),
     "unknown suffix": ("a.txt", b"hello", ""),
     "no parquet": ("a.parquet", b"hello", ""),
-    "empty parquet": ("a.parquet", b"", ""),
     "missing column": ("a.jsonl", b'{"text": "b"}\n{"prompt": "a"}\n', ", row 2.*text"),
     "unknown columns": ("a.jsonl", b'{"foo": 1, "bar": 2}\n', ", row 1.*foo"),
     "empty answer": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', ", row 1.*completion"),
@@ -195,9 +180,8 @@ def test_bad_file_is_named(tmp_path, name, content, place):
 
 
 def test_bad_names_splits_and_limits(tmp_path):
-    for missing in (tmp_path / "mine.jsonl", "mine.jsonl"):
-        with pytest.raises(FileNotFoundError, match=r"mine\.jsonl"):
-            data.load(str(missing))
+    with pytest.raises(FileNotFoundError, match=r"mine\.jsonl"):
+        data.load("mine.jsonl")
     for name, message in ((tmp_path, str(tmp_path)), ("tinytwon", "'tinytown'"), ("", "data")):
         with pytest.raises(ValueError, match=message):
             data.load(str(name))
@@ -205,9 +189,8 @@ def test_bad_names_splits_and_limits(tmp_path):
     for split in ("dev", "test"):  # of two rows, none can be held out
         with pytest.raises(ValueError, match="split"):
             data.load(path, split=split)
-    for limit in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="limit"):
-            data.load(path, limit=limit)
+    with pytest.raises(ValueError, match="limit"):
+        data.load(path, limit=0)
     with pytest.raises(ConnectionError, match="someone/something"):
         data.load("someone/something")
 
@@ -249,9 +232,10 @@ def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
 
 def test_alpaca_keeps_instruction_and_input():
     row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
-    assert row["prompt"] == "Give an antonym.\n\nhot" and row["completion"] == "cold"
-    assert (row["instruction"], row["input"]) == ("Give an antonym.", "hot")
-    assert bare["prompt"] == "Say hi." and "output" not in row
+    assert row == {"prompt": "Give an antonym.\n\nhot", "completion": "cold"} | {
+        key: ALPACA_ROW[key] for key in ("instruction", "input")
+    }
+    assert bare["prompt"] == "Say hi."
     dolly = {"instruction": "Give an antonym.", "context": "hot", "response": "cold"}
     assert converted(dolly) == [{**row, "context": "hot"}]
 
@@ -321,12 +305,6 @@ def test_preferences_of_every_mixture():
     assert templates.response(row) == "cold"
 
 
-def test_ranks_from_0_or_1():
-    for ranks in ([3, 1, 2, 4], [2, 0, 1, 3]):
-        row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "ranks": ranks}
-        assert converted(row) == [row]
-
-
 def test_a_system_column_becomes_a_message(tiny_tokenizer):
     conversation = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     expected = ("<|system|>s<|end|><|user|>q<|end|><|assistant|>", "a<|end|>")
@@ -342,18 +320,13 @@ BAD_ROWS = {
     "few ranks": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "ranks"),
     "tie": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}, "ranks"),
     "role": ({"messages": [{"role": "alien", "content": "x"}]}, "messages.*alien"),
-    "role of a list": ({"messages": [{"role": ["user"], "content": "x"}]}, "messages.*user"),
     "no answer": ({"messages": says("x", "user")}, "messages"),
-    "no turns": ({"conversations": []}, "conversations"),
     "no instances": ({"instruction": "x", "instances": []}, "instances"),
-    "instance": ({"instruction": "x", "instances": [{"input": ""}]}, "output"),
     "coig": ({"instruction": "", "conversations": [{"question": "x"}]}, "answer"),
-    "no transcript": ({"chosen": "hello", "rejected": "bye"}, "chosen"),
     "equal": (dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b"), "rejected"),
     "image": ({"messages": says([{"type": "image"}], "user")}, "text"),
     "bad answer": ({"prompt": "a", "completion": "b", "label": False}, "label"),
     "tools": ({"messages": says("a"), "tools": [{"name": "f"}]}, "tools"),
-    "call": ({"messages": [{**says("a")[0], "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
     "thoughts": ({"messages": [{**says("a")[0], "reasoning_content": "h"}]}, "reasoning_content"),
     "history": ({**ALPACA_ROW, "history": [["a", "b"]]}, "history"),
 }
@@ -405,10 +378,7 @@ def test_prompt_and_completion_are_the_templates_own(tiny_tokenizer, template, p
     assert data.render({"prompt": "q", "completion": ""}, tiny_tokenizer)[0] == prompt
     own = tiny_tokenizer.apply_chat_template(ask("q") + says("a"), tokenize=False)
     assert own.rstrip() == (prompt + completion).removesuffix("<|end|>" if template == BARE else "")
-    ends = {
-        tiny_tokenizer.convert_tokens_to_ids(end)
-        for end in ("<|end|>", completion[-10:].strip(" a"))
-    }
+    ends = {*tiny_tokenizer.convert_tokens_to_ids(["<|end|>", completion[-10:].strip(" a")])}
     assert templates.eos_ids(tiny_tokenizer) == ends
     assert templates.eos_ids(tiny_tokenizer, "plain") == {tiny_tokenizer.eos_token_id}
 
@@ -483,10 +453,8 @@ def test_loss_falls_on_response_and_eos_only(tiny_tokenizer):
         prompt, completion = decoded(tiny_tokenizer, example)
         assert prompt == f"<|user|>{row['prompt']}<|end|><|assistant|>"
         assert completion == row["completion"] + "<|end|>"
-        assert (
-            example.ids[-1] == tiny_tokenizer.eos_token_id
-            and (example.mask[1:] >= example.mask[:-1]).all()
-        )
+        assert example.ids[-1] == tiny_tokenizer.eos_token_id
+        assert (example.mask[1:] >= example.mask[:-1]).all()
         assert example.ids.dtype == example.mask.dtype == "int64"
     assert decoded(tiny_tokenizer, encoded[2]) == ["", "Mila<|end|>"]  # all of a text is learned
     assert encoded.dataset["input_ids"][:] == [ids.tolist() for ids, _ in encoded]
@@ -496,13 +464,15 @@ def test_loss_falls_on_response_and_eos_only(tiny_tokenizer):
     assert len(encoded) == 3 and encoded.truncated == 0 and "3 rows" in encoded.summary()
 
 
-_CACHE: dict = {}
+@cache
+def bare_tokenizer(make_tokenizer):
+    return make_tokenizer(chat=False)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
 def test_no_token_straddles_the_border(make_tokenizer, prompt, completion):
-    tokenizer = _CACHE.get("bare") or _CACHE.setdefault("bare", make_tokenizer(chat=False))
+    tokenizer = bare_tokenizer(make_tokenizer)
     row = {"prompt": prompt, "completion": completion}
     (example,) = data.encode([row], tokenizer, template="plain", max_length=10_000)
     assert tuple(decoded(tokenizer, example)) == data.render(row, tokenizer, "plain")
@@ -524,13 +494,10 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end(tiny_toke
 
 
 def test_encode_names_what_it_refuses(tiny_tokenizer):
-    for empty in ("", " \n"):
-        with pytest.raises(ValueError, match="row 2"):
-            data.encode([PAIR, {"prompt": "q", "completion": empty}], tiny_tokenizer)
+    with pytest.raises(ValueError, match="row 2"):
+        data.encode([PAIR, {"prompt": "q", "completion": " \n"}], tiny_tokenizer)
     with pytest.raises(ValueError, match="rows"):
         data.encode([], tiny_tokenizer)
-    with pytest.raises(ValueError, match="max_length"):
-        data.encode([PAIR], tiny_tokenizer, max_length=0)
 
 
 def test_masks_are_shown_escaped(tiny_tokenizer):
@@ -564,12 +531,3 @@ def test_side_by_side_is_escaped():
     assert "after | a & b" in repr(table)
     with pytest.raises(ValueError):
         show.side_by_side([row], ["a", "b"], ["c"])
-
-
-def test_import_is_light():
-    code = (
-        "import sys, labkit.data, labkit.show; "
-        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

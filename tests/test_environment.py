@@ -1,4 +1,4 @@
-"""The environment files agree, the package imports fast, and files name no machine."""
+"""The environment files agree, and the package imports fast."""
 
 import re
 import subprocess
@@ -20,16 +20,15 @@ def canonical(requirement):
     return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
-def test_every_dependency_is_pinned_and_locked():
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in PINS)
-    locked = dict(canonical(line) for line in LOCK.splitlines() if not line.startswith("#"))
-    assert {canonical(pin) for pin in PINS} <= set(locked.items())
+def test_every_dependency_is_pinned_locked_and_installed():
+    from importlib.metadata import version
 
-
-def test_the_lock_is_portable():
     lines = [line for line in LOCK.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", line) for line in lines), "paths or local builds"
     assert not [line for line in lines if line.startswith(("nvidia", "triton", "labkit"))]
+    assert {canonical(pin) for pin in PINS} <= set(map(canonical, lines))
+    for name, wanted in map(canonical, PINS):
+        assert version(name).split("+")[0] == wanted
 
 
 def test_conda_environment_agrees_with_the_project():
@@ -42,48 +41,21 @@ def test_conda_environment_agrees_with_the_project():
     assert options == ["--constraint requirements.lock", "--editable ."]
 
 
-def test_the_installed_versions_are_the_locked_ones():
-    from importlib.metadata import version
-
-    for pin in PINS:
-        name, wanted = canonical(pin)
-        assert version(name).split("+")[0] == wanted
+HEAVY = set("torch transformers trl peft datasets wandb matplotlib papermill".split())
 
 
-@pytest.mark.parametrize("module", ["labkit", "labkit.cli"])
-def test_import_is_fast(module):
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-        for _ in range(5)
-    ]
-    assert min(times) < 0.3
-
-
-@pytest.mark.parametrize(
-    "name", ["record", "cli", "plots", "notebooks", "widgets"]
-)
-def test_light_modules_load_no_heavy_library(name):
-    heavy = {"torch", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "papermill"}
-    code = f"import labkit.{name}, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert heavy.isdisjoint(done.stdout.split())
-
-
-# Written in pieces, so that this file does not find itself.
-FORBIDDEN = ["/" + "work/", "/" + "root/", "/" + "opt/", "file" + "://", "extra-" + "index-url"]
+@pytest.mark.parametrize("name", ["record", "cli", "plots", "notebooks", "widgets"])
+def test_import_is_fast_and_loads_no_heavy_library(name):
+    code = f"import sys, time; t = time.process_time(); import labkit.{name}; "
+    command = [sys.executable, "-c", f"{code} print(time.process_time() - t, *sys.modules)"]
+    done = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    lines = [process.stdout.split() for process in done]
+    assert HEAVY.isdisjoint(lines[0])
+    assert name == "widgets" or min(float(seconds) for seconds, *_ in lines) < 0.3
 
 
 def test_no_tracked_file_names_a_machine():
-    git = ["git", "-C", str(ROOT), "ls-files", "-z"]
-    done = subprocess.run(git, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    found = []
-    for name in filter(None, done.stdout.split("\0")):
-        file = ROOT / name
-        if not file.is_file() or file.suffix in {".safetensors", ".png", ".gz"}:
-            continue
-        text = re.sub(r"[A-Za-z0-9+/=\\n]{200,}", "", file.read_text("utf-8"))  # pictures
-        found += [f"{name}: {word}" for word in FORBIDDEN if word in text]
-    assert found == []
+    # In brackets, so that this line does not find itself.
+    words = "/(wor[k]|roo[t]|op[t])/|file:[/]/|extra-index-[u]rl"
+    done = subprocess.run(["git", "-C", str(ROOT), "grep", "-IlE", words], capture_output=True)
+    assert done.returncode in (1, 128), done.stdout  # nothing was found, or no checkout

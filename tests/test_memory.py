@@ -13,7 +13,7 @@ from torch import nn
 from labkit import memory, models, training
 from labkit.batching import Example
 from labkit.simulation import OVERHEAD, PARTS, Setting, simulate
-from labkit.techniques import adapter, full, lora, ppo, prefix, qlora, reward
+from labkit.techniques import adapter, full, lora, ppo, prefix, qlora, reward, rollout
 
 PARAMETERS = {"7B": 6_738_415_616, "13B": 13_015_864_320, "65B": 65_285_660_672}
 ATTACH = {
@@ -179,34 +179,23 @@ def test_a_reward_model_takes_what_was_planned():
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_ppo_takes_what_was_planned(rank):
+def test_ppo_takes_what_was_planned(rank, monkeypatch):
     model, tokenizer = models.load("tinytown")
     model = lora.attach(model, lora.LoraConfig(rank=rank)) if rank else model
-    seen = []
-    config = ppo.PPOConfig(
-        steps=2, epochs=1, batch_size=16, minibatch_size=16, max_new_tokens=32, template="plain"
-    )
+    sample, lengths = rollout.sample, []
+
+    def of_one_length(model, ids, *args, **options):  # no response ends early
+        sample(model, ids, *args, **options)
+        lengths.append(len(ids[0]) + 32)
+        return [[9] * 32 for _ in ids]
+
+    monkeypatch.setattr(rollout, "sample", of_one_length)
+    prompts = ["The river runs by the old mill and " * 6] * 16
+    config = ppo.PPOConfig(steps=2, epochs=1, batch_size=16, minibatch_size=16, max_new_tokens=32)
     with memory.measured(model) as found:
-        ppo.train(
-            model,
-            tokenizer,
-            ["The river runs by the old mill and " * 6] * 16,
-            lambda prompts, responses: [float(len(text)) for text in responses],
-            config,
-            on_rollout=lambda rollout, metrics: seen.append(rollout),
-            progress=False,
-        )
-    length = np.mean([len(example.ids) for example in seen[-1].examples])
-    share = float(seen[-1].lengths.float().mean()) / (length - 1)
-    planned = memory.plan(
-        "tinytown",
-        "ppo",
-        batch_size=16,
-        sequence_length=round(length),
-        response_share=share,
-        rank=rank,
-        device="cpu",
-    )
+        ppo.train(model, tokenizer, prompts, lambda p, r: [0.0] * 16, config, progress=False)
+    setting = dict(batch_size=16, sequence_length=lengths[0], rank=rank, device="cpu")
+    planned = memory.plan("tinytown", "ppo", response_share=32 / (lengths[0] - 1), **setting)
     assert planned.allocated == pytest.approx(found.peak_bytes, rel=0.05)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 import random
 import shutil
@@ -26,9 +25,6 @@ IDS = torch.arange(40, 60)[None]
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
-
-
-# --- loading and saving ---
 
 
 def test_a_saved_model_comes_back_with_the_same_outputs(tiny_folder, tmp_path, arch):
@@ -134,9 +130,6 @@ def test_a_failed_save_leaves_the_earlier_model(tiny_model, tiny_tokenizer, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-# --- tokenizers ---
-
-
 @pytest.mark.parametrize("pad", [None, "<|end|>"])
 def test_a_spare_special_token_takes_over_with_a_warning(make_tokenizer, caplog, pad):
     assert models.check_tokenizer(make_tokenizer()).pad_token == "<|pad|>" and not caplog.text
@@ -182,15 +175,11 @@ def test_a_tokenizer_with_eos_only_gets_a_pad_token_with_a_row_at_the_mean(
     assert torch.equal(logits(model)[..., :-1], logits(old))
 
 
-# --- counts and precision ---
-
-
 def test_llama_2_7b_has_its_published_number_of_parameters():
     """Embedding and head 32000·4096 each; a layer 4·4096² + 3·4096·11008 + 2·4096; a norm."""
     by_hand = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
     counts = models.parameter_counts(models.meta_model(LLAMA_2_7B))
     assert counts.total == counts.trainable == by_hand == 6_738_415_616
-    assert counts.bytes in (2 * by_hand, 4 * by_hand) and counts.share == 1
 
 
 def test_counts_see_frozen_and_tied_parameters(tiny_folder, arch):
@@ -221,18 +210,6 @@ def test_float32_attention_is_the_librarys_and_stays_so_under_autocast(tiny_mode
     assert torch.equal(logits(model), plain)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(logits(model).float(), plain, atol=0.2)
-
-
-def test_a_padded_batch_brings_no_warning(tiny_model, arch, caplog, monkeypatch):
-    from transformers.utils import logging as tf_logging
-
-    tf_logging.warning_once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    tiny_model(arch)(torch.tensor([[5, 6, 7], [8, 9, 0]]))
-    assert "transformers" not in " ".join(record.name for record in caplog.records)
-
-
-# --- what a trainer leaves ---
 
 
 def lora_model(model, adapter_name="default", **options):
@@ -326,9 +303,6 @@ def test_an_adapter_and_dropout_of_zero_are_taken_off_also_after_an_error(
     assert not [p for p in (tmp_path / "adapter").iterdir() if p.is_dir()]
 
 
-# --- adapters ---
-
-
 def saved_adapter(tiny_model, tokenizer, folder, **options):
     """A LoRA whose B is not zero, so that it matters; its folder."""
     model = lora_model(tiny_model(), init_lora_weights=False, **options)
@@ -405,8 +379,6 @@ def test_a_named_adapter_can_be_saved_twice_and_loaded(tiny_model, tiny_tokenize
     again = models.load_adapter(tiny_model(), folder / "english")
     assert torch.equal(logits(again), logits(model))
 
-
-# --- the hub, on loopback ---
 
 LOAD = """
 import sys

@@ -34,19 +34,10 @@ def of_text(model):
     return made
 
 
-def examples(count=6):
-    """Prompt and response of different lengths."""
-    made = []
-    for i in range(count):
-        words = list(range(10, 13 + i))
-        mask = [0] * (len(words) + 2) + [1] * (len(words) + 1)
-        made.append(Example(np.array([3, *words, 4, *words, 1]), np.array(mask)))
-    return made
-
-
 def fit(model, **settings):
     config = training.TrainConfig(**settings)
-    return training.fit(model, examples(), training.sft_loss, config, progress=False)
+    examples = [Example(np.arange(3, 12 + i), (np.arange(9 + i) > 4).astype(int)) for i in range(6)]
+    return training.fit(model, examples, training.sft_loss, config, progress=False)
 
 
 def test_worked_layout():
@@ -99,27 +90,15 @@ def test_half_precision(tiny_model):
     assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
 
 
-def pair(make, arch, config):
-    """The same prefix twice: ours next to a frozen model, and PEFT's with our weights."""
+@both
+def test_parity_with_peft(tiny_model, arch, config):
     torch.manual_seed(1)
-    model = make(arch).requires_grad_(False)
+    model = tiny_model(arch).requires_grad_(False)
     ours = Prefix(prefix.kv_shape(model.config), config)
-    theirs = prefix.attach(make(arch), config).eval()
+    theirs = prefix.attach(tiny_model(arch), config).eval()
     twins = [p for p in theirs.parameters() if p.requires_grad]
     for mine, twin in zip(ours.parameters(), twins, strict=True):
         twin.data.copy_(mine)
-    return model, ours, theirs, twins
-
-
-def assert_same_gradients(ours, twins):
-    for parameter, twin in zip(ours.parameters(), twins, strict=True):
-        assert parameter.grad.abs().max() > 0
-        torch.testing.assert_close(parameter.grad, twin.grad, atol=1e-5, rtol=1e-4)
-
-
-@both
-def test_parity_with_peft(tiny_model, arch, config):
-    model, ours, theirs, twins = pair(tiny_model, arch, config)
     assert prefix.parameters(ours.shape, config) == models.parameter_counts(theirs).trainable
     mask = torch.ones_like(IDS)
     mask[1, 9:] = 0
@@ -131,7 +110,9 @@ def test_parity_with_peft(tiny_model, arch, config):
     torch.testing.assert_close(mine.loss, other.loss, atol=1e-6, rtol=1e-6)
     (mine.loss + other.loss).backward()
     assert all(p.grad is None for p in model.parameters())
-    assert_same_gradients(ours, twins)
+    for parameter, twin in zip(ours.parameters(), twins, strict=True):
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, twin.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_generation_continues_from_the_prefix(tiny_model, tiny_tokenizer, arch):
@@ -146,24 +127,6 @@ def test_generation_continues_from_the_prefix(tiny_model, tiny_tokenizer, arch):
             following = read_before(tiny_model(arch), expected)[:, -1:].argmax(-1)
             expected = torch.cat([expected, following], dim=1)
         assert found[row, -6:].tolist() == expected[0, -6:].tolist()
-
-
-@both
-def test_the_trainers_loss_is_the_methods(tiny_model, arch, config):
-    """Against one unpadded example at a time, from scratch."""
-    from labkit.batching import pack
-
-    model, ours, theirs, twins = pair(tiny_model, arch, config)
-    total = torch.tensor(0.0)
-    for example in examples():
-        ids, mask = (torch.from_numpy(part)[None] for part in example)
-        labels = ids.masked_fill(mask == 0, -100)
-        total = total + prefix.forward(model, ours, ids, labels=labels).loss * mask.sum()
-    batch = pack(examples(), packing=False)
-    found, _ = training.sft_loss(theirs, batch)
-    torch.testing.assert_close(found, total / batch.weight, atol=1e-5, rtol=1e-5)
-    (found + total / batch.weight).backward()
-    assert_same_gradients(ours, twins)
 
 
 @both
@@ -208,11 +171,3 @@ def test_refusals(tiny_model):
     for wrong in ({"length": 0}, {"hidden": 8.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PrefixConfig(**wrong)
-
-
-def test_the_prefix_takes_its_part_of_the_context(tiny_model):
-    model = prefix.attach(tiny_model("gpt2"), PrefixConfig(length=16))
-    assert models.context_length(model) == 256 - 16
-    long = Example(np.full(250, 5), np.ones(250, dtype=np.int64))
-    with pytest.raises(ValueError, match="240"):
-        training.fit(model, [long], training.sft_loss)

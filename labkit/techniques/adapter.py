@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
     """h + U f(D h + b) + c, the identity until U has trained. Maps (…, width) to (…, width).
 
     D is (m, width), U is (width, m). They are float32 whatever h is: steps of 1/128, as of
-    bfloat16, would swallow small updates. (On a quantized base TRL's trainers round them.)
+    bfloat16, would swallow small updates. (TRL's trainers round them on a quantized base.)
     """
 
     def __init__(self, width: int, config: AdapterConfig, device: Any = None) -> None:
@@ -83,7 +83,7 @@ def attach(model: Any, config: AdapterConfig, name: str = "default") -> Any:
     """`model` as a PEFT model with adapters; only they train.
 
     Given a model that `attach` returned, adds one more adapter called `name` to it, inactive until
-    `set_adapter(name)`. Raises ValueError for adapters of another kind, or a name that is taken.
+    `set_adapter(name)`.
     """
     peft_config = BottleneckConfig(task_type="CAUSAL_LM", **asdict(config))
     present = getattr(model, "peft_config", {})

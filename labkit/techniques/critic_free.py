@@ -29,10 +29,9 @@ METHODS = ("rloo", "grpo")
 
 @settings
 class CriticFreeConfig:
-    """Settings of a run; names mean what they mean in `techniques.ppo.PPOConfig`.
+    """Settings of a run, as in `ppo.PPOConfig`; a prompt has `generations` responses.
 
-    A step takes `batch_size` / `generations` prompts, with `generations` responses each. RLOO
-    has its KL penalty in the reward, GRPO in the loss; both weigh it by `beta`.
+    RLOO has its KL penalty in the reward, GRPO in the loss; both weigh it by `beta`.
     """
 
     method: Literal["rloo", "grpo"] = "rloo"
@@ -111,7 +110,7 @@ def train(
         run.remove_callback(transformers.PrinterCallback)
         run.train()
     # TRL logs every update; those with a reward begin a step. Its KL is a mean over tokens.
-    history = []
+    history: list[dict[str, float]] = []
     for entry in [entry for entry in run.state.log_history if "reward" in entry]:
         length, kl = entry["completions/mean_length"], entry.get("kl", math.nan)
         found = {"reward": entry["reward"], "length": length, "kl": kl * length}
@@ -135,7 +134,6 @@ def _arguments(model: Any, config: CriticFreeConfig, folder: str) -> Any:
         num_iterations=config.epochs,
         max_steps=config.steps * pieces * config.epochs,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
         max_completion_length=config.max_new_tokens,
         beta=config.beta,
         seed=config.seed,

@@ -55,10 +55,7 @@ def l2_sp(model: nn.Module, reference: Mapping[str, Tensor]) -> Tensor:
 
 
 def penalty(model: nn.Module, config: FullConfig) -> Callable[[nn.Module], Tensor] | None:
-    """alpha · L2-SP towards the weights that `model` has now, for `training.fit(extra_loss=…)`.
-
-    None where alpha is 0, so that no copy is made.
-    """
+    """alpha · L2-SP towards the weights of now, for `training.fit(extra_loss=…)`; None for alpha 0."""
     if config.alpha == 0:
         return None
     half = config.reference_dtype == "bfloat16"

@@ -28,8 +28,7 @@ ALL = "all-linear"
 class LoraConfig:
     """`rank` r of the update, `alpha` of its scale alpha / r, `dropout` before A.
 
-    `targets`: "all-linear" (every linear layer except the output head), or names of layers, such
-    as ("q_proj", "v_proj") or "q_proj,v_proj".
+    `targets`: "all-linear" (all but the output head), or such as ("q_proj",) or "q_proj,v_proj".
     """
 
     rank: Count = 8
@@ -78,8 +77,7 @@ def out_in(layer: Any) -> torch.Tensor:
 def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
     """`model`, in place, with every parameter frozen and a `LoRALinear` around each target layer.
 
-    Raises ValueError, with nothing changed, for a model that already has adapters, and for
-    targets that are missing or not linear.
+    Raises ValueError for a model with adapters, and for targets that are missing or not linear.
     """
     found = find_targets(model, config.targets).values()
     model.requires_grad_(False)
@@ -96,10 +94,7 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 
 
 def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict[str, nn.Module]:
-    """The layers that `targets` mean, by full name; see `inject` for what is refused.
-
-    A target is a layer's last name or a longer ending of its full name, as in PEFT.
-    """
+    """The layers that `targets` mean, by full name, of which a target is an ending, as in PEFT."""
     if hasattr(model, "peft_config") or _wrapped(model):
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
     if targets == ALL:
@@ -124,8 +119,7 @@ def _wrapped(model: nn.Module) -> list[LoRALinear]:
 def merge(model: nn.Module) -> nn.Module:
     """Adds each update to its weight, W = W0 + scale · B A, so inference costs nothing more.
 
-    In half precision the sum is rounded. Raises ValueError for inf or NaN in an adapter, with
-    nothing merged: it could not be undone.
+    Raises ValueError, with nothing merged, for inf or NaN in an adapter: it could not be undone.
     """
     if wrong := [name for name, t in lora_state(model).items() if not t.isfinite().all()]:
         raise ValueError(f"model: expected finite adapters, got inf or NaN in {wrong}")

@@ -89,8 +89,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatch_size:
-            size = self.minibatch_size
-            raise ValueError(f"minibatch_size: expected a divisor of {self.batch_size}, got {size}")
+            raise ValueError(f"minibatch_size: {self.minibatch_size} does not divide batch_size")
 
 
 # The mathematics. Tensors are (B, T), B responses of up to T tokens; masks are bool, True = keep.

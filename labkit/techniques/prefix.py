@@ -8,7 +8,7 @@ They enter through the KV cache, as if `length` tokens had been read before: no 
 and text starts at position `length`. With the reparametrization, an MLP makes the prefix from a
 smaller table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward`
 are the method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
-encoder-decoders, prompt tuning. Under a sliding window a long text leaves the prefix behind.
+encoder-decoders. Under a sliding window a long text leaves the prefix behind.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def kv_shape(config: Any) -> Shape:
 
 
 class Prefix(nn.Module):
-    """The trained part; calling it gives one row of keys and values per prefix token.
+    """Trained rows of keys and values, one per prefix token: (length, layers · 2 · heads · head_dim).
 
-    Plain, the rows are the parameters: (length, layers · 2 · heads · head_dim), normal at the
-    start. With `hidden`, they are W2 tanh(W1 table + b1) + b2, table (length, heads · head_dim).
+    With `hidden`, they are W2 tanh(W1 table + b1) + b2, table (length, heads · head_dim).
     """
 
     def __init__(self, shape: Shape, config: PrefixConfig) -> None:
@@ -102,10 +101,9 @@ def forward(model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, **inputs:
 
 @torch.no_grad()
 def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The keys and values of a real text, ids (length,), as the rows of a prefix.
+    """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it.
 
-    A model with these rows answers as if it had read the text: a start that the paper found
-    better than a random one for few examples.
+    The paper found this start better than a random one for few examples.
     """
     past = model(input_ids=ids[None], use_cache=True).past_key_values
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]

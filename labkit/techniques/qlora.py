@@ -35,9 +35,9 @@ BLOCK_SIZES = get_args(BlockSize)
 
 @settings
 class QloraConfig:
-    """`lora`: the adapter. `data_type`: "nf4", "fp4", or "int4", which only `inject` has.
+    """`data_type` "int4" is for `inject` only; a scale is that of `block_size` weights.
 
-    `block_size`: weights per scale. `double_quantization`: whether the scales have 8 bits.
+    With `double_quantization` the scales have 8 bits instead of 32.
     """
 
     lora: LoraConfig = LoraConfig()
@@ -77,10 +77,7 @@ class Linear4(nn.Module):
 
 
 def inject(model: nn.Module, config: QloraConfig) -> nn.Module:
-    """From scratch, in place: all linear layers but the head in four bits, LoRA on the targets.
-
-    `lora.lora_state` and `lora.load_lora_state` work on it. Raises the errors of `lora.inject`.
-    """
+    """From scratch, in place: all linear layers but the head in four bits, LoRA on the targets."""
     linear = lora.find_targets(model).values()
     model = lora.inject(model, config.lora)
     return lora.replace(model, {layer: Linear4(layer, config) for layer in linear})
@@ -89,13 +86,13 @@ def inject(model: nn.Module, config: QloraConfig) -> nn.Module:
 def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -> Any:
     """All linear layers of `model` but the head in bitsandbytes' four bits, in place.
 
-    Each weight is quantized on its way to `device` (by default it stays where it is), which so
-    never holds the full model; the computation is in the type that the weights had. A model in
-    four bits already is checked instead. Raises ValueError for what bitsandbytes cannot do.
+    Each weight is quantized on its way to `device` (by default its own), which so never holds the
+    full model; the computation is in the type that the weights had. A model in four bits already
+    is checked instead. Raises ValueError for what bitsandbytes cannot do.
     """
     if config.data_type == "int4":
         raise ValueError("data_type: expected nf4 or fp4, which bitsandbytes has, got 'int4'")
-    options = {"quant_type": config.data_type, "blocksize": config.block_size}
+    options: dict[str, Any] = {"quant_type": config.data_type, "blocksize": config.block_size}
     options["compress_statistics"] = config.double_quantization
     present = _four_bit(model)
     linear = present or lora.find_targets(model)
@@ -124,8 +121,9 @@ def _linear4bit(layer: nn.Module, options: dict[str, Any], device: Any) -> nn.Mo
     import bitsandbytes as bnb
 
     weight = lora.out_in(layer).detach().contiguous()
+    out, width = weight.shape
     with torch.device("meta"):
-        new = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=weight.dtype)
+        new = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=weight.dtype)
     new.weight = bnb.nn.Params4bit(weight, module=new, **options).to(device)
     new.bias, new.source_cls = layer.bias, type(layer)
     return new
@@ -142,8 +140,7 @@ def load(
 ) -> tuple[Any, Any]:
     """`models.load` into four bits: full weights pass through `device` one at a time.
 
-    `dtype` is of all else and of the computation. If the file has it too, the host maps the
-    weights from there and keeps no copy. Other options and errors as in `models.load`.
+    `dtype` is of all else and of the computation; if the file has it too, the host keeps no copy.
     """
     target = models.find_device(device)
     if dtype == "auto":  # nothing of it trains, so half precision costs nothing
@@ -206,9 +203,9 @@ def _plain(layer: Any) -> nn.Module:
 def merge(model: Any) -> Any:
     """`model` with W = Ŵ + scale · B A in plain layers, in the type that the weights had before.
 
-    At full size: PEFT's own merge puts the sum back into four bits, which rounds it once more.
-    The weights from before quantization would not do: the adapter was trained on top of Ŵ.
-    Raises ValueError, with nothing merged, for inf or NaN in the model.
+    PEFT's own merge puts the sum back into four bits, which rounds it once more. The weights from
+    before quantization would not do: the adapter was trained on top of Ŵ. Raises ValueError, with
+    nothing merged, for inf or NaN in the model.
     """
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("model: expected finite weights and adapters, got inf or NaN")

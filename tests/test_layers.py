@@ -1,0 +1,65 @@
+"""The package has layers: imports, deferred ones too, point down or sideways, never in a circle."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "labkit"
+LAYERS = [
+    {
+        "config",
+        "tinytown",
+        "formats",
+        "templates",
+        "models",
+        "state",
+        "batching",
+        "show",
+        "plots",
+        "widgets",
+    },
+    {"data", "logprobs", "generate", "record", "notebooks", "checkpoints", "progress"},
+    {"training", "evaluation", "report", "spectra"},
+    {"techniques"},
+    {"simulation"},
+    {"memory"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SHARED = {"lora", "quantization", "rollout"}  # techniques that another technique may use
+
+
+def imports(file):
+    """Names of labkit's modules that a file imports, such as `data` or `techniques.lora`."""
+    package = file.relative_to(ROOT.parent).parent.parts
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) + 1 - node.level]) if node.level else []
+            start = base + (node.module or "").split(".") * bool(node.module)
+            names = [[*start, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (name[1:] for name in names if name[0] == "labkit" and len(name) > 1)
+
+
+def test_imports_point_down():
+    edges = {}
+    for file in ROOT.rglob("*.py"):
+        own = file.relative_to(ROOT).with_suffix("").parts
+        for other in imports(file):
+            if own[0] == "__init__" or other[0] not in LEVEL:
+                continue
+            assert LEVEL[other[0]] <= LEVEL[own[0]], f"{'/'.join(own)} imports {'.'.join(other)}"
+            if own[0] == other[0] == "techniques":
+                assert own[1] in {"qlora", "ppo", "critic_free"} and other[1] in SHARED, (
+                    own,
+                    other,
+                )
+            if own[0] != other[0]:
+                edges.setdefault(own[0], set()).add(other[0])
+    left = set(edges)
+    while free := {name for name in left if not edges[name] & left}:
+        left -= free
+    assert not left, f"a circle among {sorted(left)}"
+    assert len(edges) > 15
