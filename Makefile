@@ -27,7 +27,7 @@ test-modules: setup
 # The committed notebooks are executed again; cells marked NBVAL_CHECK_OUTPUT are compared.
 test-notebooks: setup
 	HF_HUB_OFFLINE=1 LABKIT_RUNS=$(CURDIR)/build/nbval $(BIN)/python -m pytest \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 		--nbval-sanitize-with tests/nbval.cfg notebooks/
 
 lab: setup
