@@ -267,7 +267,7 @@ def test_best_first():
         (pair(rejected="seven"), "responses"),
         (pair(rejected=None), "chosen and rejected"),
         (pair(prompt=None), "prompt"),
-        (pair(chosen=[{"role": "user", "content": "x"}]), "assistant"),
+        (pair(chosen=[{"role": "user", "content": "x"}]), "completion"),
     ],
 )
 def test_rows_that_cannot_work_are_named(tiny_model, network, tiny_tokenizer, row, problem):

@@ -203,7 +203,7 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
             texts = best_first(row)
             rendered.append([render({"prompt": row["prompt"], "completion": t}) for t in texts])
         except ValueError as error:
-            raise ValueError(f"rows: {where(row, number)}: {error}") from error
+            raise ValueError(f"{where(row, number)}: {error}") from error
     return rendered
 
 
