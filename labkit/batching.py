@@ -71,7 +71,11 @@ class Batch:
     def by_example(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values (N, …) of response tokens, split into those of each example, in its order."""
         counts = torch.bincount(self.example, minlength=self.size).tolist()
-        return values[self.example.argsort(stable=True)].split(counts)
+        return self.in_order(values).split(counts)
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Values (N, …) of response tokens, in the order of the examples, not of the sequences."""
+        return values[self.example.argsort(stable=True)]
 
 
 def pack(examples: Sequence[Example], packing: bool = True, pad_id: int = 0) -> Batch:

@@ -241,9 +241,9 @@ def minibatch_losses(
     batch = inner.pack([sampled.examples[i] for i in shard])
     weight = sampled.mask[shard].sum() / sampled.mask[rows].sum() * PartialState().num_processes
     known = {name: column[shard].to(inner.device) for name, column in old.items()}
-    order, table = batch.example.argsort(stable=True), torch.zeros_like(known["logp"])
+    table = torch.zeros_like(known["logp"])
     outputs = policy(batch, config.temperature)[:2]
-    logp, values = (table.masked_scatter(known["mask"], tokens[order]) for tokens in outputs)
+    logp, values = (table.masked_scatter(known["mask"], batch.in_order(x)) for x in outputs)
     found = losses(logp, values, known, beta, config)
     return {name: value * weight.to(inner.device) for name, value in found.items()}
 

@@ -251,7 +251,7 @@ def _scores(
     found, start = [], 0
     for size in sizes:
         batch = policy.pack(examples[start : start + size])
-        found.append(policy.score(batch, temperature)[batch.example.argsort(stable=True)])
+        found.append(batch.in_order(policy.score(batch, temperature)))
         start += size
     lengths = [int(example.mask.sum()) for example in examples]
     return [x.numpy() for x in torch.cat(found).cpu().split(lengths)]
