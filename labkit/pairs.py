@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labkit import data
 from labkit.batching import Batch, Example, pack
 from labkit.formats import Located, Row, where
 from labkit.templates import response

@@ -4,14 +4,13 @@ Each combination trains two steps, generates, is saved, loaded and compared; or 
 before anything trains. `REFUSED` says which and why, and is the table of the README.
 """
 
-import copy
 import math
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from labkit import data, evaluation, generate, logprobs, models, training
+from labkit import data, generate, logprobs, models, training
 from labkit.batching import pack
 from labkit.techniques import adapter, critic_free, full, lora, ppo, prefix, qlora, reward
 
@@ -94,8 +93,10 @@ def train(technique, model, tokenizer):
         trained, result = reward.train(model, tokenizer, rows, config, progress=False)
         return trained, result.history
     if technique in ("ppo", "rloo"):
+
         def rewards(prompts, responses):
             return [float(len(response)) for response in responses]
+
         sizes = dict(steps=2, batch_size=4, minibatch_size=4, max_new_tokens=4)
         if technique == "rloo":
             config = critic_free.CriticFreeConfig(generations=2, **sizes)
@@ -128,11 +129,15 @@ def test_every_technique_trains_saves_and_loads(arch, technique, tiny_tokenizer,
         return
     tuned.eval()
     models.save(tuned, tiny_tokenizer, tmp_path / "saved")
-    again = load_again("full" if technique in ("ppo", "rloo") else technique, arch, tmp_path / "saved")
+    again = load_again(
+        "full" if technique in ("ppo", "rloo") else technique, arch, tmp_path / "saved"
+    )
     batch = pack(data.encode(ROWS, tiny_tokenizer), packing=False)
     with torch.no_grad():
         logps = [logprobs.response_logps(m.eval(), batch) for m in (tuned, again, build(arch))]
     torch.testing.assert_close(logps[0], logps[1], rtol=1e-4, atol=1e-4)
     assert (logps[0] - logps[2]).abs().max() > 1e-3  # it learned something
-    texts = [generate.generate(m, tiny_tokenizer, ["It is"], max_new_tokens=5) for m in (tuned, again)]
+    texts = [
+        generate.generate(m, tiny_tokenizer, ["It is"], max_new_tokens=5) for m in (tuned, again)
+    ]
     assert texts[0] == texts[1]

@@ -13,10 +13,8 @@ second model is held. Left out: other divergences, other losses of more than two
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,9 +28,7 @@ from torch import Tensor, nn
 
 from labkit import logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
-from labkit.formats import Row
-from labkit.pairs import Pair, PairBatch, encode_pairs, pack_pairs
-from labkit.state import unchanged
+from labkit.pairs import Pair, PairBatch, pack_pairs
 
 
 @settings
