@@ -272,11 +272,8 @@ def encode(
             rendered.append(render_row(row))
         except ValueError as error:
             raise ValueError(f"{where(row, number)}: {error}") from error
-    prompts, completions = (
-        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        for texts in zip(*rendered, strict=True)
-    )
-    pairs = list(zip(prompts, completions, strict=True))
+    tokenized = [templates.tokenize(texts, tokenizer) for texts in zip(*rendered, strict=True)]
+    pairs = list(zip(*tokenized, strict=True))
     examples = [_join(*pair, limit, tokenizer.bos_token_id) for pair in pairs]
     return Encoded(examples, sum(len(p) + len(c) > limit for p, c in pairs), limit)
 
