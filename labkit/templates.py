@@ -182,7 +182,9 @@ def _literal(tokenizer: Any, size: int) -> tuple[Any, dict[int, int]]:
     core = deepcopy(tokenizer.backend_tokenizer)
     core.encode_special_tokens = True
     known = {i: t.__getstate__() for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    framed = {i: {**t, "content": _FRAME + t["content"], "special": False} for i, t in known.items()}
+    framed = {
+        i: {**t, "content": _FRAME + t["content"], "special": False} for i, t in known.items()
+    }
     core.add_tokens([AddedToken(**token) for token in framed.values()])
     return core, {core.token_to_id(token["content"]): i for i, token in framed.items()}
 
