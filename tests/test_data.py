@@ -201,8 +201,8 @@ def fake_hub(monkeypatch, sets):
     made = {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     calls = []
 
-    def load_dataset(*args, **kwargs):
-        calls.append(args)
+    def load_dataset(**kwargs):
+        calls.append(kwargs)
         return datasets.DatasetDict(made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -213,7 +213,7 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(40)]
     calls = fake_hub(monkeypatch, {"train": rows, "test": [{"question": "qt", "answer": "at"}]})
     assert data.load("some/set:part", split="test") == [{"prompt": "qt", "completion": "at"}]
-    assert calls[0] == ("some/set", "part")
+    assert calls[0] == {"path": "some/set", "name": "part"}
     train, held = (data.load("some/set", split=s) for s in ("train", "validation"))
     assert len(train) == 38 and len(held) == 2
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
