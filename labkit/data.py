@@ -101,7 +101,8 @@ def _local(data: str) -> Path | None:
 def _read(path: Path) -> Iterator[Row]:
     """A file's rows, in its order; errors name the file, and the line if known."""
     suffix, empty = _SUFFIX.search(path.name), True
-    path.stat()  # raises where there is none
+    if not path.exists():
+        raise FileNotFoundError(f"data: expected a file, found none: {path}")
     if path.is_dir() or not suffix:
         kinds = "JSON, JSON lines, CSV, TSV (also .gz, .bz2, .xz) or Parquet"
         raise ValueError(f"data: expected {kinds}, got {path}")

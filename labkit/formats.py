@@ -80,10 +80,13 @@ def _convert(row: Row, columns: list[str]) -> list[Row]:
         columns = ["instruction", "output"]
         parts = [{**row, **part} for part in _objects(row, "instances")]
     converted = [{**rest, **convert_part(part, columns)} for part in parts]
-    for new in converted if row.get("system") or row.get("system_prompt") else ():
+    system = row.get("system") or row.get("system_prompt")
+    for new in converted if system else ():
+        if "text" in new:
+            raise ValueError("'system' has no place in a plain text; take it out of the row")
         column = "messages" if "messages" in new else "prompt"
-        content, turns = row.get("system") or row["system_prompt"], _turns(new, column, "user")
-        first = _message({"role": "system", "content": content}, "system")
+        turns = _turns(new, column, "user")
+        first = _message({"role": "system", "content": system}, "system")
         new[column] = turns if turns[0] == first else [first, *turns]
         new.pop("instruction", None)  # Alpaca's template would use it, without the message
     return converted
@@ -113,8 +116,8 @@ def _replies(row: Row, columns: list[str]) -> Row:
     if kept and row.get("output"):
         kept["completion"] = _string(row, "output")  # the row is Alpaca's as well
     if not isinstance(prompt, str) and replies[0][0]["role"] != "assistant":  # whole conversations
-        given = isinstance(row[first], str) or replies[0][: len(prompt)] == prompt
-        replies = replies if given else [prompt + turns for turns in replies]
+        if not isinstance(row[first], str) and replies[0][: len(prompt)] != prompt:
+            replies = [prompt + turns for turns in replies]
         return _transcripts(dict(zip(names, replies, strict=True)), names)
     return {"prompt": prompt, **dict(zip(names, replies, strict=True)), **kept}
 
@@ -167,11 +170,11 @@ def _chat(row: Row, columns: list[str]) -> Row:
     messages = [_message(turn, column) for turn in turns]
     if "instruction" in columns and _string(row, "instruction").strip():
         messages[0]["content"] = f"{row['instruction']}\n\n{messages[0]['content']}".strip()
-    roles = [turn["role"] if turns[i].get("weight") != 0 else "" for i, turn in enumerate(messages)]
-    end = len(roles) - roles[::-1].index("assistant") if "assistant" in roles else 0
-    if not end or not messages[end - 1]["content"].strip():
+    learned = [i for i, turn in enumerate(turns) if turn.get("weight") != 0]
+    answers = [i for i in learned if messages[i]["role"] == "assistant"]
+    if not answers or not messages[answers[-1]]["content"].strip():
         raise ValueError(f"{column!r}: expected an answer of the assistant, got none")
-    return {"messages": messages[:end]}
+    return {"messages": messages[: answers[-1] + 1]}
 
 
 def _turns(row: Row, column: str, role: str) -> list[Message]:

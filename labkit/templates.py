@@ -178,15 +178,19 @@ def _break(value: Any, special: Sequence[re.Pattern[str]], answer: bool = False)
 
 @lru_cache(maxsize=1)
 def _literal(tokenizer: Any, size: int) -> tuple[Any, dict[int, int]]:
-    """A copy of the tokenizer's core that knows special tokens only after `_FRAME`; their ids."""
+    """A copy of the core (while `size` stays) to which special tokens are text but after `_FRAME`.
+
+    Also the id of each such token, by the id that the copy gives it.
+    """
     core = deepcopy(tokenizer.backend_tokenizer)
     core.encode_special_tokens = True
-    known = {i: t.__getstate__() for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     framed = {
-        i: {**t, "content": _FRAME + t["content"], "special": False} for i, t in known.items()
+        number: AddedToken(_FRAME + t.content, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+        for number, t in tokenizer.added_tokens_decoder.items()
+        if t.special
     }
-    core.add_tokens([AddedToken(**token) for token in framed.values()])
-    return core, {core.token_to_id(token["content"]): i for i, token in framed.items()}
+    core.add_tokens([*framed.values()])
+    return core, {core.token_to_id(token.content): number for number, token in framed.items()}
 
 
 def _chat(row: Row, tokenizer: Any, space: str, tail: str, end: str) -> Rendered:
