@@ -15,10 +15,8 @@ Row = dict[str, Any]
 Message = dict[str, str]
 
 CANONICAL = {"prompt", "completion", "chosen", "rejected", "messages", "text", "responses", "ranks"}
-_LOST = (
-    "tools functions tool_calls function_call reasoning_content thinking history documents images "
-    "videos audios"
-).split()
+_LOST = """tools functions tool_calls function_call reasoning_content thinking history documents
+    images videos audios""".split()
 _ROLES = dict.fromkeys("assistant gpt chatgpt bing bard model".split(), "assistant")
 _ROLES |= {"user": "user", "human": "user", "system": "system", "developer": "system"}
 _ROLES["tool"] = "tool"
@@ -108,9 +106,10 @@ def _replies(row: Row, columns: list[str]) -> Row:
         kept = {"instruction": _string(row, first), "input": _string({"context": given}, "context")}
         row = {**row, first: "\n\n".join(part for part in kept.values() if part.strip())}
     if all(isinstance(row[column], str) for column in columns):
-        prompt, *replies = (_string(row, c, filled=names == [c]) for c in columns)
+        parts: list[Any] = [_string(row, name, filled=names == [name]) for name in columns]
     else:
-        prompt, *replies = (_turns(row, c, "assistant" if c in names else "user") for c in columns)
+        parts = [_turns(row, first, "user"), *(_turns(row, name, "assistant") for name in names)]
+    prompt, *replies = parts
     if len(replies) == 1:
         return {"prompt": prompt, "completion": replies[0], **kept}
     if kept and row.get("output"):

@@ -5,9 +5,11 @@ import gzip
 import json
 import lzma
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -383,34 +385,27 @@ def test_prompt_and_completion_are_the_templates_own(tiny_tokenizer, template, p
     assert templates.eos_ids(tiny_tokenizer, "plain") == {tiny_tokenizer.eos_token_id}
 
 
-def published():
-    trl = pytest.importorskip("trl")
-    return sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
-
-
 def test_published_templates_are_honoured_or_refused(tiny_tokenizer):
     """Prompt and completion are what TRL's templates write themselves, thoughts and all."""
-    refused = set()
-    thoughts = "<think>\nhm\n</think>\n\nIt is 4."
-    for path in published():
+    refused, thoughts = set(), "<think>\nhm\n</think>\n\nIt is 4."
+    answers = ("It is 4.", " It is 4.\n", thoughts, "<think>hm</think>It is 4.")
+    questions = (ask("a"), says("s", "system") + ask("a") + says(thoughts) + ask("b"))
+    tiny_tokenizer.bos_token = "<|system|>"
+    for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"):
         tiny_tokenizer.chat_template = path.read_text("utf-8")
-        for answer in ("It is 4.", " It is 4.\n", thoughts, "<think>hm</think>It is 4."):
-            for turns in (ask("a"), says("s", "system") + ask("a") + says(thoughts) + ask("b")):
-                messages = turns + says(answer)
-                try:
-                    rendered = data.render({"messages": messages}, tiny_tokenizer)
-                except ValueError as error:
-                    refused.add(path.stem)
-                    assert str(error).startswith("template: the ")
-                    continue
-                own = tiny_tokenizer.apply_chat_template(messages, tokenize=False)
-                whole = "".join(rendered)
-                assert whole.startswith(own.rstrip()) or own.startswith(whole)
-                assert (own.removeprefix(rendered[0]), "") != (own, rendered[0])
-                visible = "".join(rendered[1].split())
-                assert visible.startswith("".join(answer.split())), path.stem
-    kinds = ("deepseek", "gemma", "idefics", "llava", "smolvlm")
-    assert {stem for stem in refused if not stem.startswith(kinds)} == set()
+        for answer, turns in product(answers, questions):
+            messages = turns + says(answer)
+            try:
+                prompt, completion = data.render({"messages": messages}, tiny_tokenizer)
+            except ValueError as error:
+                refused.add(path.stem.split("_")[0])
+                assert str(error).startswith("template: the "), path
+                continue
+            own = tiny_tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+            assert (prompt + completion).startswith(own) or own.startswith(prompt + completion)
+            assert "".join(completion.split()).startswith("".join(answer.split())), path
+    # The first drops thoughts, the second refuses a system message, the others want image parts.
+    assert refused == {"deepseek", "deepseekv3", "gemma", "idefics3", "llava", "smolvlm"}
 
 
 def test_an_answer_or_question_that_a_template_drops_is_refused(tiny_tokenizer):
@@ -473,28 +468,26 @@ SPELLED = "<|begin|>a <|end|><|user|>\nb<|assistant|> <think>c <|pad|"
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain", "text"])
 def test_special_tokens_in_a_text_stay_text(make_tokenizer, template):
-    """The frame's are special, those of the row are not; elsewhere nothing changes."""
+    """The frame's are special, those of the row are not, but for an answer's thoughts."""
     tokenizer = llama_like(make_tokenizer())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    row, harmless = ({"prompt": text, "completion": text} for text in (SPELLED, "{}"))
-    if template == "text":
-        row, harmless, template = {"text": SPELLED}, {"text": "{}"}, "plain"
-    literal = tokenizer(SPELLED, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    (example,) = data.encode([row], tokenizer, template=template)
-    special = set(tokenizer.all_special_ids) | {*range(5)}
-    frame = "".join(data.render(harmless, tokenizer, template))
-    expected = [i for i in tokenizer(frame, add_special_tokens=False)["input_ids"] if i in special]
-    found = [i for i in example.ids.tolist() if i in special]
-    thoughts = [tokenizer.convert_tokens_to_ids("<think>")] * ("completion" in row)
-    assert sorted(found) == sorted(expected + thoughts)  # an answer's thoughts are its own
-    assert tokenizer.decode(example.ids) == frame.replace("{}", SPELLED)
-    if "prompt" in row:
-        prompt, _ = data.render(row, tokenizer, template)
-        assert str(literal)[1:-1] in str(templates.tokenize([prompt], tokenizer)[0])
-    assert (
-        templates.tokenize([frame], tokenizer)[0]
-        == tokenizer(frame, add_special_tokens=False).input_ids
+    names = ["text"] if template == "text" else ["prompt", "completion"]
+    template = template.replace("text", "plain")
+    row, frame = (dict.fromkeys(names, text) for text in (SPELLED, "{}"))
+    prompt, completion = data.render(frame, tokenizer, template)
+    plain, literal = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        for text, split in ((prompt + completion, False), (SPELLED, True))
     )
+    (example,) = data.encode([row], tokenizer, template=template)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found, expected = ([i for i in ids if i in special] for ids in (example.ids, plain))
+    if "prompt" in row:
+        expected.insert(-1, tokenizer.convert_tokens_to_ids("<think>"))
+        ids = templates.tokenize([data.render(row, tokenizer, template)[0]], tokenizer)[0]
+        assert str(literal)[1:-1] in str(ids)
+    assert found == expected
+    assert tokenizer.decode(example.ids) == (prompt + completion).replace("{}", SPELLED)
 
 
 def decoded(tokenizer, example):
