@@ -37,14 +37,12 @@ REGISTERED: dict[str, dict[str, Any]] = {
     "flan": {"path": "Muennighoff/flan"},  # no terms; 62 sets, English
     "p3": {"path": "bigscience/P3", "name": "ag_news_classify"},  # Apache-2.0; 660 sets, English
     "belle": {"path": "BelleGroup/train_2M_CN"},  # GPL-3.0; 2,000,000 rows, Chinese
-    "coig": {
-        "path": "BAAI/COIG",
-        "revision": "refs/convert/parquet",
-    },  # Apache-2.0; 97,739, Chinese
+    "coig": {"path": "BAAI/COIG"},  # Apache-2.0; 97,739 rows, Chinese, those not translated
     "sharegpt": {"path": "anon8231489123/ShareGPT_Vicuna_unfiltered"},  # Apache-2.0; 94,000 chats
     "hh-rlhf": {"path": "Anthropic/hh-rlhf"},  # MIT; 169,352 pairs, English
 }
-REGISTERED["coig"]["data_files"] = "NoTranslate/train/*.parquet"  # those not translated
+_COIG = {"data_files": "NoTranslate/train/*.parquet", "revision": "refs/convert/parquet"}
+REGISTERED["coig"] |= _COIG
 REGISTERED["sharegpt"]["data_files"] = "ShareGPT_V3_unfiltered_cleaned_split.json"
 
 

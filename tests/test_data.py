@@ -439,8 +439,11 @@ def test_template_errors(make_tokenizer):
     chat.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     with pytest.raises(ValueError, match="template"):
         data.render(PAIR, chat)
-    with pytest.raises(ValueError, match=r"row 1: .*chosen"):
-        data.encode([{"prompt": "q", "chosen": "a", "rejected": "b"}], bare)
+    for row, wrong in (({**PAIR, "completion": " \n"}, "empty"), ({"chosen": "a"}, "chosen")):
+        with pytest.raises(ValueError, match=f"row 2: .*{wrong}"):
+            data.encode([PAIR, row], bare)
+    with pytest.raises(ValueError, match="rows"):
+        data.encode([], bare)
 
 
 def llama_like(tokenizer):
@@ -540,13 +543,6 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end(tiny_toke
     tiny_tokenizer.model_max_length = 20
     encoded = data.encode([long], tiny_tokenizer)
     assert encoded.max_length == len(encoded[0].ids) == 20
-
-
-def test_encode_names_what_it_refuses(tiny_tokenizer):
-    with pytest.raises(ValueError, match="row 2"):
-        data.encode([PAIR, {"prompt": "q", "completion": " \n"}], tiny_tokenizer)
-    with pytest.raises(ValueError, match="rows"):
-        data.encode([], tiny_tokenizer)
 
 
 def test_masks_are_shown_escaped(tiny_tokenizer):
