@@ -7,20 +7,20 @@ or a local file; `encode` tokenizes them so that loss falls on the response and 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 import random
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
+import fsspec
 import numpy as np
+import pyarrow.parquet
 
 from labkit import models, templates, tinytown
 from labkit.batching import Example
@@ -29,33 +29,21 @@ from labkit.templates import render as render
 
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-
-
-class Registered(NamedTuple):
-    """A public data set known by name: where it is, under which terms, how large."""
-
-    hub: str
-    licence: str  # what the card states
-    size: str
-    config: str | None = None
-    files: str | None = None
-    revision: str | None = None
-
-
-_COIG = ("NoTranslate/train/*.parquet", "refs/convert/parquet")  # those not translated
-_VICUNA = "anon8231489123/ShareGPT_Vicuna_unfiltered"
-_JSON = "ShareGPT_V3_unfiltered_cleaned_split.json"
-# The chapter's table 5.4.3, and the preference data of 5.5. Other sets of P3: bigscience/P3:NAME.
-REGISTERED = {
-    "alpaca": Registered("tatsu-lab/alpaca", "CC BY-NC 4.0", "52,002 rows, English"),
-    "flan": Registered("Muennighoff/flan", "none on the card", "62 sets, English"),
-    "p3": Registered("bigscience/P3", "Apache-2.0", "660 sets, English", "ag_news_classify"),
-    "belle": Registered("BelleGroup/train_2M_CN", "GPL-3.0", "2,000,000 rows, Chinese"),
-    "coig": Registered("BAAI/COIG", "Apache-2.0", "97,739 rows, Chinese", None, *_COIG),
-    "sharegpt": Registered(_VICUNA, "Apache-2.0 on the card", "94,000 conversations", None, _JSON),
-    "hh-rlhf": Registered("Anthropic/hh-rlhf", "MIT", "169,352 pairs, English"),
+_SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$", re.IGNORECASE)
+# The chapter's table 5.4.3, and the preference data of 5.5: how `datasets` loads them; terms as
+# their cards state them. Other sets of P3: bigscience/P3:NAME.
+REGISTERED: dict[str, dict[str, Any]] = {
+    "alpaca": {"path": "tatsu-lab/alpaca"},  # CC BY-NC 4.0; 52,002 rows, English
+    "flan": {"path": "Muennighoff/flan"},  # no terms; 62 sets, English
+    "p3": {"path": "bigscience/P3", "name": "ag_news_classify"},  # Apache-2.0; 660 sets, English
+    "belle": {"path": "BelleGroup/train_2M_CN"},  # GPL-3.0; 2,000,000 rows, Chinese
+    "coig": {"path": "BAAI/COIG"},  # Apache-2.0; 97,739 rows, Chinese, those not translated
+    "sharegpt": {"path": "anon8231489123/ShareGPT_Vicuna_unfiltered"},  # Apache-2.0; 94,000 chats
+    "hh-rlhf": {"path": "Anthropic/hh-rlhf"},  # MIT; 169,352 pairs, English
 }
+_COIG = {"data_files": "NoTranslate/train/*.parquet", "revision": "refs/convert/parquet"}
+REGISTERED["coig"] |= _COIG
+REGISTERED["sharegpt"]["data_files"] = "ShareGPT_V3_unfiltered_cleaned_split.json"
 
 
 def load(
@@ -80,45 +68,72 @@ def load(
     data = str(data)
     if data == "tinytown":
         return tinytown.instruction_rows(split=split, n=limit, seed=seed)
-    path = Path(data).expanduser()
-    if data not in REGISTERED and (data[:1] in "./~" or _SUFFIX.search(data) or path.exists()):
+    if path := _local(data):
         return _sample(_file_part(convert(_read(path), data), split), limit, seed)
     return _load_hub(data, split, limit, seed, revision)
 
 
-def _read(path: Path) -> list[Row]:
-    """All rows of a file, in its order; errors name the file, and the line if known."""
-    import fsspec
+def check(data: str) -> None:
+    """Raises what `load` would of a name, and of a file's place, kind and first row.
 
-    suffix = _SUFFIX.search(path.name)
-    path.stat()  # raises where there is none
+    Takes milliseconds; but JSON that is not JSON lines has to be read whole.
+    """
+    if path := _local(str(data)):
+        convert(islice(_read(path), 1), str(data))
+
+
+def _local(data: str) -> Path | None:
+    """The path if `data` is a file, None if it may be Tinytown or a set on the hub."""
+    names, path = ["tinytown", *REGISTERED], Path(data).expanduser()
+    if data not in names and (data[:1] in "./~" or _SUFFIX.search(data) or path.exists()):
+        return path
+    if data not in names and not _HUB_ID.fullmatch(data):
+        known, near = (
+            f"{', '.join(names)}, owner/name, or a file",
+            get_close_matches(data, names, 1),
+        )
+        raise ValueError(f"data: expected {known}, got {data!r}; the nearest is {near}")
+    return None
+
+
+def _read(path: Path) -> Iterator[Row]:
+    """A file's rows, in its order; errors name the file, and the line if known."""
+    suffix, empty = _SUFFIX.search(path.name), True
+    if not path.exists():
+        raise FileNotFoundError(f"data: expected a file, found none: {path}")
     if path.is_dir() or not suffix:
-        raise ValueError(f"data: expected JSON, JSON lines, CSV, TSV or Parquet, got {path}")
+        kinds = "JSON, JSON lines, CSV, TSV (also .gz, .bz2, .xz) or Parquet"
+        raise ValueError(f"data: expected {kinds}, got {path}")
     try:
-        if (kind := suffix[1].lower()) == "parquet":
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
-            with fsspec.open(str(path), "rt", **options) as file:
-                text = file.read()
-            rows = list({"json": _json, "csv": _table, "tsv": _table}.get(kind, _lines)(text))
-    except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
+        for row in _rows(path, suffix[1].lower()):
+            empty = False
+            yield row
+    except Exception as error:  # whatever a library raises
         raise ValueError(f"data: {path}: {error}") from error
-    if not rows:
+    if empty:
         raise ValueError(f"data: {path} holds no rows; expected at least one")
-    return rows
 
 
-def _json(text: str) -> Iterable[Row]:
+def _rows(path: Path, kind: str) -> Iterator[Row]:
+    if kind == "parquet":
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches():
+                yield from batch.to_pylist()
+        return
+    options = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
+    with fsspec.open(str(path), "rt", **options) as file:
+        yield from {"json": _json, "csv": _table, "tsv": _table}.get(kind, _lines)(file)
+
+
+def _json(file: IO[str]) -> Iterable[Row]:
     """A list of objects, or one with such a list as `data` or `train`, or JSON lines (BELLE)."""
     try:
-        value = json.loads(text)
+        value = json.load(file)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip()[0] == "{":
-            return _lines(text)
-        raise
+        if error.msg != "Extra data":
+            raise
+        file.seek(0)
+        return _lines(file)
     if isinstance(value, dict):
         parts = [key for key in ("data", "train", *_HELD_OUT) if isinstance(value.get(key), list)]
         if len(parts) > 1:
@@ -129,23 +144,24 @@ def _json(text: str) -> Iterable[Row]:
     return value
 
 
-def _lines(text: str) -> Iterator[Row]:
-    # Only \n ends a line: str.splitlines would also cut at U+2028 inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(file: IO[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
+                why = getattr(error, "msg", error)
+                raise ValueError(f"line {number}: {why}; mend the line or take it out") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number}: expected an object, got {line:.60}")
             yield row
 
 
-def _table(text: str) -> Iterator[Row]:
+def _table(file: IO[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    delimiter = "\t" if "\t" in file.readline() else ","
+    file.seek(0)
+    reader = csv.DictReader(file, strict=True, delimiter=delimiter)
     names = reader.fieldnames or []
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have one name: {', '.join(names)}")
@@ -197,16 +213,11 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
 def _load_hub(data: str, split: str, limit: Any, seed: int, revision: str | None) -> list[Row]:
     import datasets
 
-    if data not in REGISTERED and not _HUB_ID.fullmatch(data):
-        names = ["tinytown", *REGISTERED]
-        near = get_close_matches(data, names, 1)
-        known = f"{', '.join(names)}, owner/name, or a file"
-        raise ValueError(f"data: expected {known}, got {data!r}; the nearest is {near}")
-    hub, _, config = data.partition(":")
-    entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
-    options = {"data_files": entry.files, "revision": revision or entry.revision}
+    path, _, name = data.partition(":")
+    options = REGISTERED.get(data, {"path": path, "name": name or None})
+    options = options | ({"revision": revision} if revision else {})
     try:
-        sets = datasets.load_dataset(entry.hub, entry.config, **options)
+        sets = datasets.load_dataset(**options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(f"data: {data!r} did not load from the hub: {error!r}") from error
     rows, positions = _part(sets, split)
@@ -220,26 +231,21 @@ def _load_hub(data: str, split: str, limit: Any, seed: int, revision: str | None
     return converted[:limit]
 
 
-class Encoded(Sequence):
-    """Tokenized rows: a sequence of `Example`s, of token ids and masks (1 = loss)."""
+class Encoded(list[Example]):
+    """Tokenized rows: a list of `Example`s, of token ids and masks (1 = loss)."""
 
-    def __init__(self, examples: Sequence[Example], truncated: int, max_length: int) -> None:
-        self.examples, self.truncated, self.max_length = tuple(examples), truncated, max_length
-        self.tokens = sum(len(example.ids) for example in self.examples)
-        self.response_tokens = sum(int(example.mask.sum()) for example in self.examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.examples[index]
+    def __init__(self, examples: Iterable[Example], truncated: int, max_length: int) -> None:
+        super().__init__(examples)
+        self.truncated, self.max_length = truncated, max_length
+        self.tokens = sum(len(example.ids) for example in self)
+        self.response_tokens = sum(int(example.mask.sum()) for example in self)
 
     @cached_property
     def dataset(self) -> Any:
         """The examples as a `datasets.Dataset` with TRL's columns, input_ids and completion_mask."""
         import datasets
 
-        ids, masks = zip(*self.examples, strict=True)
+        ids, masks = zip(*self, strict=True)
         return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
 
     def summary(self) -> str:
@@ -263,7 +269,7 @@ def encode(
     if not rows or max_length < 2:
         raise ValueError("expected at least one of rows, and a max_length from 2")
     models.check_tokenizer(tokenizer)
-    limit = min(max_length, tokenizer.model_max_length)
+    limit, bos = min(max_length, tokenizer.model_max_length), tokenizer.bos_token_id
     render_row, rendered = templates.renderer(tokenizer, template), []
     for number, row in enumerate(rows, start=1):
         try:
@@ -272,21 +278,15 @@ def encode(
             rendered.append(render_row(row))
         except ValueError as error:
             raise ValueError(f"{where(row, number)}: {error}") from error
-    prompts, completions = (
-        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        for texts in zip(*rendered, strict=True)
-    )
-    pairs = list(zip(prompts, completions, strict=True))
-    examples = [_join(*pair, limit, tokenizer.bos_token_id) for pair in pairs]
-    return Encoded(examples, sum(len(p) + len(c) > limit for p, c in pairs), limit)
-
-
-def _join(prompt: list[int], completion: list[int], limit: int, bos: int | None) -> Example:
-    """Ids and mask of one example, cut to `limit`."""
-    if len(prompt) + len(completion) > limit:
-        head = prompt[:1] if prompt and prompt[0] == bos else []
-        completion = completion[: limit - len(head)]
-        space = limit - len(head) - len(completion)
-        prompt = head + prompt[len(prompt) - space :]
-    ids = np.array(prompt + completion, dtype=np.int64)
-    return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int64))
+    tokenized = [templates.tokenize(texts, tokenizer) for texts in zip(*rendered, strict=True)]
+    examples, truncated = [], 0
+    for prompt, completion in zip(*tokenized, strict=True):
+        if len(prompt) + len(completion) > limit:
+            head = prompt[:1] if prompt[:1] == [bos] else []
+            completion = completion[: limit - len(head)]
+            space = limit - len(head) - len(completion)
+            prompt = head + prompt[len(prompt) - space :]
+            truncated += 1
+        lengths = [len(prompt), len(completion)]
+        examples.append(Example(np.array(prompt + completion), np.repeat([0, 1], lengths)))
+    return Encoded(examples, truncated, limit)

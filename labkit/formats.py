@@ -13,13 +13,13 @@ from typing import Any
 
 Row = dict[str, Any]
 Message = dict[str, str]
-Converter = Callable[[Row, list[str]], Row]
 
 CANONICAL = {"prompt", "completion", "chosen", "rejected", "messages", "text", "responses", "ranks"}
-_LOST = "tools functions tool_calls function_call reasoning_content history images videos audios"
+_LOST = """tools functions tool_calls function_call reasoning_content thinking history documents
+    images videos audios""".split()
 _ROLES = dict.fromkeys("assistant gpt chatgpt bing bard model".split(), "assistant")
-_ROLES |= dict.fromkeys(("user", "human"), "user") | {"tool": "tool"}
-_ROLES |= dict.fromkeys(("system", "developer"), "system")
+_ROLES |= {"user": "user", "human": "user", "system": "system", "developer": "system"}
+_ROLES["tool"] = "tool"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -35,14 +35,6 @@ def where(row: Row, number: int) -> str:
     return getattr(row, "where", f"rows: row {number}")
 
 
-def recognize(row: Row) -> str:
-    """The columns by which the row's format is known; ValueError if no format fits."""
-    for columns in FORMATS:
-        if all(row.get(column) is not None for column in columns.split()):
-            return columns
-    raise ValueError(f"no known format has the columns {[*row]}; known are {', '.join(FORMATS)}")
-
-
 def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None) -> list[Row]:
     """Rows of any known format, decided by the first, as rows with TRL's columns.
 
@@ -51,12 +43,12 @@ def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None)
     be). With a list for `rejected`, such a row is left out and its error appended.
     """
     converted: list[Row] = []
-    columns = ""
+    columns: list[str] = []
     for number, row in enumerate(rows, start=1):
         place = f"data: {source}, row {number}"
         try:
-            columns = columns or recognize(row)
-            for new in map(Located, _convert(row, columns.split(), FORMATS[columns])):
+            columns = columns or _recognize(row)
+            for new in map(Located, _convert(row, columns)):
                 new.where = place
                 converted.append(new)
         except ValueError as error:
@@ -66,62 +58,67 @@ def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None)
     return converted
 
 
-def _convert(row: Row, columns: list[str], converter: Converter) -> list[Row]:
+def _recognize(row: Row) -> list[str]:
+    """The columns by which the row's format is known."""
+    for columns in map(str.split, FORMATS):
+        if all(row.get(column) is not None for column in columns):
+            return columns
+    raise ValueError(f"no known format has the columns {[*row]}; known are {', '.join(FORMATS)}")
+
+
+def _convert(row: Row, columns: list[str]) -> list[Row]:
     if missing := [column for column in columns if row.get(column) is None]:
         raise ValueError(f"expected {', '.join(columns)} as in row 1, got no {missing[0]!r}")
     _check_lost(row)
     if str(row.get("label")).lower() == "false":
         raise ValueError("'label' is false: a bad answer would be learned; take the row out")
     rest = {key: value for key, value in row.items() if key not in CANONICAL | {*columns}}
-    parts = [row]
+    convert_part, parts = FORMATS[" ".join(columns)], [row]
     if "instances" in columns:  # Self-Instruct: several examples of one task
         columns = ["instruction", "output"]
-        parts = [{columns[0]: row[columns[0]], **part} for part in _objects(row, "instances")]
-    converted = [{**rest, **converter(part, columns)} for part in parts]
-    if system := row.get("system") or row.get("system_prompt"):
-        for new in converted:
-            column = "messages" if "messages" in new else "prompt"
-            first = _message({"role": "system", "content": system}, "system")
-            new[column] = [first, *_turns(new, column, "user")]
-            new.pop("instruction", None)  # Alpaca's template would use it, without the message
+        parts = [{**row, **part} for part in _objects(row, "instances")]
+    converted = [{**rest, **convert_part(part, columns)} for part in parts]
+    system = row.get("system") or row.get("system_prompt")
+    for new in converted if system else ():
+        if "text" in new:
+            raise ValueError("'system' has no place in a plain text; take it out of the row")
+        column = "messages" if "messages" in new else "prompt"
+        turns = _turns(new, column, "user")
+        first = _message({"role": "system", "content": system}, "system")
+        new[column] = turns if turns[0] == first else [first, *turns]
+        new.pop("instruction", None)  # Alpaca's template would use it, without the message
     return converted
 
 
 def _check_lost(row: Row) -> None:
-    if lost := [column for column in _LOST.split() if row.get(column)]:
+    if lost := [column for column in _LOST if row.get(column)]:
         raise ValueError(f"{lost[0]!r} cannot be used and would be lost; take it out of the row")
 
 
-def _pair(row: Row, columns: list[str]) -> Row:
-    (prompt, completion), kept = _question_and_replies(row, columns)
-    if isinstance(completion, str):
-        _string(row, columns[1], filled=True)
-    return {"prompt": prompt, "completion": completion, **kept}
-
-
-def _question_and_replies(row: Row, columns: list[str]) -> tuple[list[Any], Row]:
-    """Texts if all are texts, else messages; and the parts of the question for Alpaca's template."""
-    kept: Row = {}
-    if columns[0] == "instruction":
-        given = row.get("input") or (columns[-1] == "response" and row.get("context")) or ""
-        kept = {"instruction": row["instruction"], "input": given}
-        parts = [_string(kept, name) for name in kept]
-        row = {**row, "instruction": "\n\n".join(parts) if given.strip() else parts[0]}
-    if all(isinstance(row.get(column), str) for column in columns):
-        return [_string(row, column) for column in columns], kept
-    first, *others = columns
-    return [_turns(row, first, "user"), *(_turns(row, c, "assistant") for c in others)], kept
-
-
-def _preference(row: Row, columns: list[str]) -> Row:
-    (prompt, chosen, rejected), kept = _question_and_replies(row, columns)
+def _replies(row: Row, columns: list[str]) -> Row:
+    """A question with a completion, or with two replies: texts if all are texts, else messages."""
+    first, *names = columns
+    kept: Row = {}  # the parts of the question, for Alpaca's template
+    given = row.get("input") if first == "instruction" else ""
+    if first in ("instruction", "question", "query"):
+        given = given or row.get("context") or ""
+    if first == "instruction" or given:
+        kept = {"instruction": _string(row, first), "input": _string({"context": given}, "context")}
+        row = {**row, first: "\n\n".join(part for part in kept.values() if part.strip())}
+    if all(isinstance(row[column], str) for column in columns):
+        parts: list[Any] = [_string(row, name, filled=names == [name]) for name in columns]
+    else:
+        parts = [_turns(row, first, "user"), *(_turns(row, name, "assistant") for name in names)]
+    prompt, *replies = parts
+    if len(replies) == 1:
+        return {"prompt": prompt, "completion": replies[0], **kept}
     if kept and row.get("output"):
         kept["completion"] = _string(row, "output")  # the row is Alpaca's as well
-    if not isinstance(prompt, str) and chosen[0]["role"] != "assistant":  # whole conversations
-        given = isinstance(row[columns[0]], str) or chosen[: len(prompt)] == prompt
-        before = [] if given else prompt
-        return _transcripts({"chosen": before + chosen, "rejected": before + rejected}, columns)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **kept}
+    if not isinstance(prompt, str) and replies[0][0]["role"] != "assistant":  # whole conversations
+        if not isinstance(row[first], str) and replies[0][: len(prompt)] != prompt:
+            replies = [prompt + turns for turns in replies]
+        return _transcripts(dict(zip(names, replies, strict=True)), names)
+    return {"prompt": prompt, **dict(zip(names, replies, strict=True)), **kept}
 
 
 def _transcripts(row: Row, columns: list[str]) -> Row:
@@ -145,7 +142,7 @@ def _conversation(row: Row, column: str) -> list[Message]:
         raise ValueError(f"{column!r}: expected 'Human: …', 'Assistant: …', got {start!r:.60}")
     turns: list[Message] = []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role = _ROLES[speaker.lower()]
+        role = "user" if speaker == "Human" else "assistant"
         # Many chat templates refuse two turns of the same role in a row; hh-rlhf has some.
         if turns and turns[-1]["role"] == role:
             content = f"{turns.pop()['content']}\n\n{content.strip()}"
@@ -163,22 +160,20 @@ def _ranking(row: Row, columns: list[str]) -> Row:
 
 
 def _chat(row: Row, columns: list[str]) -> Row:
-    messages = _turns(row, columns[-1], "user")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers or not answers[-1]["content"].strip():
-        raise ValueError(f"{columns[-1]!r}: expected an answer of the assistant, got none")
-    return {"messages": messages}
-
-
-def _coig(row: Row, columns: list[str]) -> Row:
-    turns = _objects(row, "conversations")
-    if "question" not in turns[0]:
-        return _chat(row, columns)
-    names = (("user", "question"), ("assistant", "answer"))
-    messages = [{"role": role, "content": _string(t, name)} for t in turns for role, name in names]
-    if _string(row, "instruction").strip():
+    """The conversation up to its last answer, the one that is learned."""
+    column = columns[-1]
+    turns = _objects(row, column)
+    if "question" in turns[0]:  # COIG
+        names = (("user", "question"), ("assistant", "answer"))
+        turns = [{"role": r, "content": _string(turn, name)} for turn in turns for r, name in names]
+    messages = [_message(turn, column) for turn in turns]
+    if "instruction" in columns and _string(row, "instruction").strip():
         messages[0]["content"] = f"{row['instruction']}\n\n{messages[0]['content']}".strip()
-    return _chat({"messages": messages}, ["messages"])
+    learned = [i for i, turn in enumerate(turns) if turn.get("weight") != 0]
+    answers = [i for i in learned if messages[i]["role"] == "assistant"]
+    if not answers or not messages[answers[-1]]["content"].strip():
+        raise ValueError(f"{column!r}: expected an answer of the assistant, got none")
+    return {"messages": messages[: answers[-1] + 1]}
 
 
 def _turns(row: Row, column: str, role: str) -> list[Message]:
@@ -202,10 +197,11 @@ def _message(turn: Row, column: str) -> Message:
 
 def _objects(row: Row, column: str) -> list[Row]:
     value = row.get(column)
-    # Arrow hands a sequence of structs over as one dict of lists.
-    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    value = [value] if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        # Arrow hands a sequence of structs over as one dict of lists.
+        lengths = {len(part) if isinstance(part, list) else -1 for part in value.values()}
+        parts = zip(*value.values(), strict=True) if len(lengths) == 1 and -1 not in lengths else ()
+        value = [dict(zip(value, part, strict=True)) for part in parts] or [value]
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         raise ValueError(f"{column!r}: expected a list of objects, got {value!r:.60}")
     return value
@@ -224,18 +220,18 @@ def _string(row: Row, column: str, filled: bool = False) -> str:
 _PAIRS = (
     "instruction output, prompt completion, prompt response, question answer, question response, "
     "question std_answer, query response, inputs_pretokenized targets_pretokenized, "
-    "inputs targets, instruction response"
+    "inputs targets, instruction response, instruction answer, prompt answer, input output, "
+    "user assistant"
 )
-_QUESTIONS = ("prompt", "instruction", "question", "conversations")
+_QUESTIONS = ("prompt", "instruction", "question", "query", "input", "conversations")
 # A row's format is the first whose columns it has: preferences may have `messages` as well.
-FORMATS: dict[str, Converter] = {
-    "instruction instances": _pair,  # Self-Instruct
+FORMATS: dict[str, Callable[[Row, list[str]], Row]] = {
+    "instruction instances": _replies,  # Self-Instruct
     "prompt responses ranks": _ranking,
-    **dict.fromkeys([f"{question} chosen rejected" for question in _QUESTIONS], _preference),
-    "instruction conversations": _coig,
-    "conversations": _chat,  # ShareGPT
+    **dict.fromkeys([f"{question} chosen rejected" for question in _QUESTIONS], _replies),
+    **dict.fromkeys(("instruction conversations", "conversations"), _chat),  # COIG, ShareGPT
     "chosen rejected": _transcripts,  # hh-rlhf: two whole conversations
     "messages": _chat,
-    **dict.fromkeys(_PAIRS.split(", "), _pair),
+    **dict.fromkeys(_PAIRS.split(", "), _replies),
     "text": lambda row, columns: {"text": _string(row, "text", filled=True)},
 }

@@ -1,19 +1,26 @@
 """Renders a row as the two texts that a model reads: the prompt and the completion.
 
 Loss falls on the completion only, which ends with the EOS. Together they are what the chat
-template renders; what it puts before an answer (empty thoughts) belongs to the prompt.
+template renders; what it puts before an answer (empty thoughts) belongs to the prompt. A special
+token that a row's own text spells is cut in two by `BREAK`: only `tokenize` reads it as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
+
+from tokenizers import AddedToken
 
 from .formats import Message, Row
 
 Rendered = tuple[str, str]
 
 TEMPLATES = ("auto", "chat", "alpaca", "alpaca_zh", "plain")
+BREAK, _FRAME = "\ufdd0", "\ufdd1"  # Unicode reserves both: no text holds them
 _ENGLISH = (
     "Below is an instruction that describes a task{}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{{instruction}}\n\n{}### Response:\n"
@@ -33,7 +40,7 @@ _MARK = "THE-ANSWER-STANDS-HERE"
 
 
 def render(row: Row, tokenizer: Any, template: str = "auto") -> Rendered:
-    """The row's prompt text and completion text, to be tokenized without special tokens.
+    """The row's prompt text and completion text, for `tokenize`.
 
     template: "chat" (the tokenizer's), "alpaca" or "alpaca_zh" (chapter 5.4.2), "plain" (the texts,
     the answer on a new line), or "auto": "chat" if the tokenizer has a template, else "alpaca".
@@ -46,11 +53,13 @@ def render(row: Row, tokenizer: Any, template: str = "auto") -> Rendered:
 def renderer(tokenizer: Any, template: str = "auto") -> Callable[[Row], Rendered]:
     """`render` for many rows: what depends on the tokenizer only is found out once."""
     template, end = _resolve(tokenizer, template), tokenizer.eos_token
+    special = _special(tokenizer), _special(tokenizer, "think")  # thoughts are part of an answer
     ids = tokenizer("a")["input_ids"]
     begin = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
     frame = _answer_frame(tokenizer) if template == "chat" else None
 
     def rendered(row: Row) -> Rendered:
+        row = _break(row, special)
         if is_text(row):
             return begin, row["text"] + end
         if frame:
@@ -60,11 +69,27 @@ def renderer(tokenizer: Any, template: str = "auto") -> Callable[[Row], Rendered
     return rendered
 
 
+def tokenize(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of rendered texts; only the special tokens that a template wrote become such.
+
+    A tokenizer without a Rust core reads `BREAK` as a character.
+    """
+    options = {"add_special_tokens": False, "verbose": False}
+    ids = tokenizer(list(texts), **options)["input_ids"] if texts else []
+    for i, text in enumerate(texts):
+        if BREAK in text and tokenizer.is_fast:
+            core, special = _literal(tokenizer, len(tokenizer))
+            text = _special(tokenizer).sub(rf"{_FRAME}\g<0>", text).replace(BREAK, "")
+            found = core.encode(text, add_special_tokens=False).ids
+            ids[i] = [special.get(token, token) for token in found]
+    return ids
+
+
 def eos_ids(tokenizer: Any, template: str = "auto") -> set[int]:
     """The ids of tokens that end a response: the template's own end and the tokenizer's EOS."""
     ends = {tokenizer.eos_token_id} - {None}
     if _resolve(tokenizer, template) == "chat":
-        ends.add(tokenizer(_answer_frame(tokenizer)[2], add_special_tokens=False)["input_ids"][-1])
+        ends.add(tokenize([_answer_frame(tokenizer)[2]], tokenizer)[0][-1])
     return ends
 
 
@@ -110,15 +135,15 @@ def _last_answer(row: Row) -> int:
 
 
 def _prompt(row: Row, template: str) -> str:
+    messages, given = turns(row), row.get("input") or ""
     if template == "plain":
-        text = prompt_text(row) + ("\n\nAssistant:" if len(turns(row)) > 1 else "")
+        text = prompt_text(row) + ("\n\nAssistant:" if len(messages) > 1 else "")
         return text if not text or text[-1].isspace() else text + "\n"
-    instruction, given = row.get("instruction"), row.get("input") or ""
+    instruction = row.get("instruction")
     if instruction is None:
-        messages, given = turns(row), ""
         if len(messages) != 1:
             raise ValueError(f"template: {template} takes one question, got {len(messages)} turns")
-        instruction = messages[0]["content"]
+        instruction, given = messages[0]["content"], ""
     form = ("zh" if template == "alpaca_zh" else "en") + ("_input" if given.strip() else "")
     return ALPACA[form].format(instruction=instruction, input=given)
 
@@ -131,15 +156,65 @@ def _resolve(tokenizer: Any, template: str) -> str:
     return template if template != "auto" else "chat" if tokenizer.chat_template else "alpaca"
 
 
+def _special(tokenizer: Any, spared: str = "(?!)") -> re.Pattern[str]:
+    """Finds special tokens, the longest first, but those that are broken or match `spared`."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = [name for name in names if name and not re.search(spared, name, re.IGNORECASE)]
+    either = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+    return re.compile(f"(?:{either})(?!{BREAK})")
+
+
+def _break(value: Any, special: Sequence[re.Pattern[str]], answer: bool = False) -> Any:
+    """The same with special tokens cut in two: `special[0]`, or in an answer `special[1]`."""
+    if isinstance(value, str):
+        return special[answer].sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
+    if isinstance(value, list):
+        return [_break(part, special, answer) for part in value]
+    if isinstance(value, dict):
+        answer = value.get("role") == "assistant"
+        return {k: _break(v, special, answer or k == "completion") for k, v in value.items()}
+    return value
+
+
+@lru_cache(maxsize=1)
+def _literal(tokenizer: Any, size: int) -> tuple[Any, dict[int, int]]:
+    """A copy of the core (while `size` stays) to which special tokens are text but after `_FRAME`.
+
+    Also the id of each such token, by the id that the copy gives it.
+    """
+    core = deepcopy(tokenizer.backend_tokenizer)
+    core.encode_special_tokens = True
+    framed = {
+        number: AddedToken(_FRAME + t.content, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+        for number, t in tokenizer.added_tokens_decoder.items()
+        if t.special
+    }
+    core.add_tokens([*framed.values()])
+    return core, {core.token_to_id(token.content): number for number, token in framed.items()}
+
+
 def _chat(row: Row, tokenizer: Any, space: str, tail: str, end: str) -> Rendered:
-    answer = response(row)
+    messages, answer = turns(row), response(row)
     shown = answer if answer.strip() else _MARK  # a template may leave out an empty answer
-    whole = _apply(tokenizer, [*turns(row), {"role": "assistant", "content": shown}])
-    for text in (shown, shown.strip()):
-        if whole.endswith(text + tail):
-            prompt = whole[: -len(text + tail)].removesuffix(space)
-            return prompt, space + (text if shown is answer else answer) + end
-    raise ValueError(f"template: the chat template drops or rewrites parts of {answer[:60]!r}")
+    whole = _apply(tokenizer, [*messages, {"role": "assistant", "content": shown}])
+    body = whole.removesuffix(tail)
+    start = _start(body, shown) if whole.endswith(tail) else -1
+    given = [turn["content"] for turn in messages if turn["role"] in ("system", "user")]
+    lost = [text for text in given if text.strip() not in body] + [shown] * (start < 0)
+    if lost:
+        raise ValueError(f"template: the chat template drops or rewrites parts of {lost[0][:60]!r}")
+    prompt, text = body[:start].removesuffix(space), answer if shown is _MARK else body[start:]
+    return prompt, space + text + end
+
+
+def _start(body: str, answer: str) -> int:
+    """Where the answer at the end of `body` starts; -1 if more than white space differs."""
+    for text in (answer, answer.rstrip(), answer.strip()):
+        if body.endswith(text):
+            return len(body) - len(text)
+    letters = "".join(answer.split())
+    places = [i for i, letter in enumerate(body) if not letter.isspace()][-len(letters) :]
+    return places[0] if "".join(body[i] for i in places) == letters else -1
 
 
 def _answer_frame(tokenizer: Any) -> tuple[str, str, str]:
@@ -150,10 +225,8 @@ def _answer_frame(tokenizer: Any) -> tuple[str, str, str]:
     head, found, tail = whole.rpartition(_MARK)
     if not found:
         raise ValueError("template: the tokenizer's chat template leaves the assistant's text out")
-    space = head.removeprefix(prompt)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = [tail.find(token) + len(token) for token in special if token and token in tail]
-    end = tail[: min(ends)] if ends else tokenizer.eos_token
+    space, first = head.removeprefix(prompt), _special(tokenizer).search(tail)
+    end = tail[: first.end()] if first else tail.rstrip() + tokenizer.eos_token
     return space if space.isspace() else "", tail, end
 
 

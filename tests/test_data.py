@@ -5,9 +5,11 @@ import gzip
 import json
 import lzma
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +68,6 @@ def test_seed_tasks_load_and_encode_as_they_are(tiny_tokenizer):
         assert row["prompt"].startswith(raw[row["id"]]["instruction"])
     encoded = data.encode(rows[:20], tiny_tokenizer, max_length=128)
     assert len(encoded) == 20 and max(len(example.ids) for example in encoded) == 128
-    assert encoded.truncated > 0
 
 
 @needs(TRANSCRIPTS)
@@ -81,12 +82,10 @@ def test_transcripts_load_as_they_are():
 
 def test_the_same_rows_from_every_file_type(tmp_path):
     rows = [{"prompt": f'say "{i}",\nplease, 米拉', "completion": f"{i}\u2028."} for i in range(40)]
-    write(tmp_path / "a.jsonl", rows)
-    write(tmp_path / "a.ndjson", rows)
-    write(tmp_path / "lines.json", rows)
-    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
-    for key in ("data", "train"):
-        (tmp_path / f"{key}.json").write_text(json.dumps({key: rows}), "utf-8")
+    for name in ("a.jsonl", "a.ndjson", "lines.json"):
+        write(tmp_path / name, rows)
+    for name, content in {"a": rows, "data": {"data": rows}, "train": {"train": rows}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), "utf-8")
     for suffix, opened in (("gz", gzip.open), ("xz", lzma.open)):
         with opened(tmp_path / f"a.jsonl.{suffix}", "wt", encoding="utf-8") as file:
             file.write((tmp_path / "a.jsonl").read_text("utf-8"))
@@ -101,32 +100,23 @@ def test_the_same_rows_from_every_file_type(tmp_path):
     loaded = {path.name: data.load(str(path)) for path in tmp_path.iterdir()}
     assert len(loaded) == 11
     for name, got in loaded.items():
-        assert len(got) == 36, name
-        assert got == loaded["a.jsonl"], name
+        assert len(got) == 36 and got == loaded["a.jsonl"], name
         assert all(row in rows for row in got)
-
-
-@pytest.mark.parametrize("count, held", [(3, 1), (10, 1), (200, 10)])
-def test_parts_of_a_file_are_disjoint_and_complete(tmp_path, count, held):
-    """Instances of one task stay in one part."""
-    instances = [{"output": "x"}, {"output": "y"}]
-    rows = [{"instruction": f"{i}", "instances": instances} for i in range(count)]
-    path = write(tmp_path / "a.jsonl", rows)
-    parts = [data.load(path, split=split, seed=seed) for seed, split in enumerate(SPLITS)]
-    assert [len(part) for part in parts] == [2 * (count - 2 * held), 2 * held, 2 * held]
-    seen = [{row["prompt"] for row in part} for part in parts]
-    assert sum(map(len, seen)) == count == len(set.union(*seen))
+        data.check(str(tmp_path / name))
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=80))
-def test_equal_rows_are_in_one_part(tmp_path_factory, numbers):
-    """A row that occurs twice is never in two parts; nothing is lost or added."""
-    path = write(tmp_path_factory.mktemp("equal") / "a.jsonl", [{"text": f"{i}"} for i in numbers])
-    splits = SPLITS if len(set(numbers)) > 2 else SPLITS[:1]
-    parts = [[row["text"] for row in data.load(path, split=split)] for split in splits]
-    assert sorted(sum(parts, [])) == sorted(map(str, numbers))
-    assert sum(len(set(part)) for part in parts) == len(set(numbers))
+def test_parts_of_a_file_are_disjoint_and_complete(tmp_path_factory, numbers):
+    """A row that occurs twice, and both instances of a task, are in one part."""
+    instances = [{"output": "x"}, {"output": "y"}]
+    rows = [{"instruction": f"{i}", "instances": instances} for i in numbers]
+    path = write(tmp_path_factory.mktemp("equal") / "a.jsonl", rows)
+    splits, different = SPLITS if len(set(numbers)) > 2 else SPLITS[:1], len(set(numbers))
+    parts = [data.load(path, split=split, seed=seed) for seed, split in enumerate(splits)]
+    assert sorted(row["prompt"] for part in parts for row in part) == sorted(map(str, numbers * 2))
+    sizes = [len({row["prompt"] for row in part}) for part in parts]
+    assert sum(sizes) == different and sizes[1:] == [max(1, round(different / 20))] * len(sizes[1:])
 
 
 def test_limit_samples_by_seed(tmp_path):
@@ -147,28 +137,26 @@ def test_errors_name_the_row_of_the_file(tmp_path, make_tokenizer):
     for options in ({}, {"limit": 53, "seed": 1}):
         loaded = data.load(path, **options)
         assert rows[41] in loaded
-        with pytest.raises(ValueError, match=r"a\.jsonl, row 42\b"):
+        with pytest.raises(ValueError, match=r"a\.jsonl, row 42: template: .*not supported"):
             data.encode(loaded, tokenizer)
 
 
 BAD_FILES = {
     "empty file": ("a.jsonl", b"", ""),
-    "malformed line": ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', ".*line 3"),
+    "malformed line": ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', ".*line 3.*take it out"),
     "malformed json": ("a.json", b'[{"text": "a"},\n{"text": }]', ".*line 2"),
     "several splits": ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', ".*test"),
     "deep json": ("a.json", b"[" * 200_000, ""),
     "long number": ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 6000 + b"}", ".*line 1"),
     "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ""),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 9)[:-9], ""),
+    "bad xz": ("a.jsonl.xz", b"\xfd7zXZ\x00rubbish", ""),
     "short csv row": ("a.csv", b"prompt,completion\na,b\nc\n", ".*line 3"),
     "one name twice": ("a.csv", b"prompt,prompt,completion\na,b,c\n", ".*prompt"),
     "unknown suffix": ("a.txt", b"hello", ""),
     "no parquet": ("a.parquet", b"hello", ""),
     "missing column": ("a.jsonl", b'{"text": "b"}\n{"prompt": "a"}\n', ", row 2.*text"),
     "unknown columns": ("a.jsonl", b'{"foo": 1, "bar": 2}\n', ", row 1.*foo"),
-    "empty answer": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', ", row 1.*completion"),
-    "wrong type": ("a.jsonl", b'{"prompt": "a", "completion": 7}\n', ", row 1.*completion"),
-    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', ", row 1.*text"),
 }
 
 
@@ -177,14 +165,21 @@ def test_bad_file_is_named(tmp_path, name, content, place):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"data: .*{name}{place}"):
         data.load(str(tmp_path / name))
+    if content.count(b"\n") < 2:  # what is wrong with the first row, or the file, is seen at once
+        with pytest.raises(ValueError, match=f"data: .*{name}{place}"):
+            data.check(str(tmp_path / name))
 
 
-def test_bad_names_splits_and_limits(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"mine\.jsonl"):
-        data.load("mine.jsonl")
+@pytest.mark.parametrize("function", [data.load, data.check])
+def test_bad_names(tmp_path, function):
+    with pytest.raises(FileNotFoundError, match=r"data: .*mine\.jsonl"):
+        function("mine.jsonl")
     for name, message in ((tmp_path, str(tmp_path)), ("tinytwon", "'tinytown'"), ("", "data")):
         with pytest.raises(ValueError, match=message):
-            data.load(str(name))
+            function(str(name))
+
+
+def test_bad_splits_limits_and_sets(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
     for split in ("dev", "test"):  # of two rows, none can be held out
         with pytest.raises(ValueError, match="split"):
@@ -201,8 +196,8 @@ def fake_hub(monkeypatch, sets):
     made = {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     calls = []
 
-    def load_dataset(*args, **kwargs):
-        calls.append(args)
+    def load_dataset(**kwargs):
+        calls.append(kwargs)
         return datasets.DatasetDict(made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -213,8 +208,9 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(40)]
     calls = fake_hub(monkeypatch, {"train": rows, "test": [{"question": "qt", "answer": "at"}]})
     assert data.load("some/set:part", split="test") == [{"prompt": "qt", "completion": "at"}]
-    assert calls[0] == ("some/set", "part")
-    train, held = (data.load("some/set", split=s) for s in ("train", "validation"))
+    train = data.load("some/set", revision="v2")
+    held = data.load("some/set", split="validation")
+    assert calls[0] == {"path": "some/set", "name": "part"} and calls[1]["revision"] == "v2"
     assert len(train) == 38 and len(held) == 2
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
     with pytest.raises(ValueError, match="split.*dev"):
@@ -223,25 +219,26 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
 
 def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
     rows = [dict(ALPACA_ROW) for _ in range(30)] + [{**ALPACA_ROW, "output": ""}] * 30
-    fake_hub(monkeypatch, {"train": rows})
+    calls = fake_hub(monkeypatch, {"train": rows})
     with caplog.at_level("WARNING", logger="labkit"):
         loaded = data.load("alpaca")
     assert 0 < len(loaded) < 31 and "alpaca" in caplog.text
-    assert set(data.REGISTERED) == {"alpaca", "flan", "p3", "belle", "coig", "sharegpt", "hh-rlhf"}
+    assert calls == [{"path": "tatsu-lab/alpaca"}]
 
 
-def test_alpaca_keeps_instruction_and_input():
+def test_instructions_keep_their_parts():
     row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
     assert row == {"prompt": "Give an antonym.\n\nhot", "completion": "cold"} | {
         key: ALPACA_ROW[key] for key in ("instruction", "input")
     }
     assert bare["prompt"] == "Say hi."
-    dolly = {"instruction": "Give an antonym.", "context": "hot", "response": "cold"}
-    assert converted(dolly) == [{**row, "context": "hot"}]
+    for question, answer in (("instruction", "response"), ("question", "answer")):
+        dolly = {question: "Give an antonym.", "context": "hot", answer: "cold"}
+        assert converted(dolly) == [{**row, "context": "hot"}]
 
 
 PAIR_NAMES = """prompt completion, prompt response, question answer, query response, inputs targets,
-inputs_pretokenized targets_pretokenized, question response, question std_answer"""
+inputs_pretokenized targets_pretokenized, question std_answer, input output, user assistant"""
 
 
 @pytest.mark.parametrize("names", PAIR_NAMES.split(","))
@@ -261,17 +258,15 @@ def test_conversations_of_any_names_agree():
     parts = [{"role": f.upper(), "content": [{"type": "text", "text": v}]} for f, v in turns]
     filled = [{"role": None, "from": f, "content": None, "value": v} for f, v in turns]
     arrow = {"role": [roles[f] for f, _ in turns], "content": [v for _, v in turns]}
-    for messages in (expected, parts, filled, arrow):
+    longer = expected + ask("more") + [{**says("unlearned")[0], "weight": 0}]
+    for messages in (expected, parts, filled, arrow, longer):
         (row,) = converted({"messages": messages, "text": None, "tools": []})
         assert row["messages"] == expected
         assert converted({"conversations": messages}) == [{"messages": expected}]
-
-
-def test_coig_questions_become_turns():
-    turns = [{"question": "一加一？", "answer": "二"}, {"question": "再加一？", "answer": "三"}]
-    (row,) = converted({"instruction": "算术", "conversations": turns})
-    assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * 2
-    assert row["messages"][0]["content"] == "算术\n\n一加一？"
+    coig = [{"question": q, "answer": a} for (_, q), (_, a) in (turns[:2], turns[2:])]
+    for conversation in (coig, expected):
+        (row,) = converted({"instruction": "Greet.", "conversations": conversation})
+        assert row["messages"] == ask("Greet.\n\nHi") + expected[1:]
 
 
 def test_transcripts_share_the_prompt():
@@ -309,7 +304,8 @@ def test_a_system_column_becomes_a_message(tiny_tokenizer):
     conversation = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     expected = ("<|system|>s<|end|><|user|>q<|end|><|assistant|>", "a<|end|>")
     pairs = {"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}
-    for raw in (*pairs, {"conversations": conversation}):
+    twice = {"messages": says("s", "system") + conversation}
+    for raw in (*pairs, {"conversations": conversation}, twice):
         (row,) = converted({**raw, "system": "s"})
         assert data.render(row, tiny_tokenizer) == expected
         with pytest.raises(ValueError, match="alpaca"):
@@ -317,10 +313,14 @@ def test_a_system_column_becomes_a_message(tiny_tokenizer):
 
 
 BAD_ROWS = {
+    "empty answer": ({"prompt": "a", "completion": " "}, "completion"),
+    "wrong type": ({"prompt": "a", "completion": 7}, "completion"),
+    "half a character": ({"text": "\ud83d"}, "text"),
     "few ranks": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "ranks"),
     "tie": ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}, "ranks"),
     "role": ({"messages": [{"role": "alien", "content": "x"}]}, "messages.*alien"),
-    "no answer": ({"messages": says("x", "user")}, "messages"),
+    "uneven": ({"messages": {"role": ["user", "gpt"], "content": ["x"]}}, "messages"),
+    "no answer": ({"messages": ask("x")}, "messages"),
     "no instances": ({"instruction": "x", "instances": []}, "instances"),
     "coig": ({"instruction": "", "conversations": [{"question": "x"}]}, "answer"),
     "equal": (dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b"), "rejected"),
@@ -329,6 +329,8 @@ BAD_ROWS = {
     "tools": ({"messages": says("a"), "tools": [{"name": "f"}]}, "tools"),
     "thoughts": ({"messages": [{**says("a")[0], "reasoning_content": "h"}]}, "reasoning_content"),
     "history": ({**ALPACA_ROW, "history": [["a", "b"]]}, "history"),
+    "system": ({"text": "a", "system": "b"}, "system"),
+    "facts": ({"question": "a", "context": {"b": "c"}, "answer": "d"}, "context"),
 }
 
 
@@ -361,11 +363,11 @@ THINK = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and '<think>' not in "
     "m.content %}<think></think>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}" + ASK
 )
-BARE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}" + ASK
+BARE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}[/]\n{% endfor %}" + ASK
 FRAMES = {
     "chatml": (CHATML, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>"),
     "llama2": (LLAMA2, "[INST] q [/INST]", " a <|end|>"),
-    "no EOS": (BARE, "<|user|>q\n<|assistant|>", "a<|end|>"),
+    "no EOS": (BARE, "<|user|>q[/]\n<|assistant|>", "a[/]<|end|>"),
     "thoughts": (THINK, "<|user|>q<|end|><|assistant|><think></think>", "a<|end|>"),
 }
 
@@ -379,18 +381,41 @@ def test_prompt_and_completion_are_the_templates_own(tiny_tokenizer, template, p
     own = tiny_tokenizer.apply_chat_template(ask("q") + says("a"), tokenize=False)
     assert own.rstrip() == (prompt + completion).removesuffix("<|end|>" if template == BARE else "")
     ends = {*tiny_tokenizer.convert_tokens_to_ids(["<|end|>", completion[-10:].strip(" a")])}
-    assert templates.eos_ids(tiny_tokenizer) == ends
+    assert templates.eos_ids(tiny_tokenizer) == (ends if template != BARE else {1})
     assert templates.eos_ids(tiny_tokenizer, "plain") == {tiny_tokenizer.eos_token_id}
 
 
-def test_an_answer_with_thoughts_has_one_block_or_is_refused(tiny_tokenizer):
-    tiny_tokenizer.chat_template = THINK
-    answer = {"prompt": "q", "completion": "<think>hm</think>a"}
-    expected = ("<|user|>q<|end|><|assistant|>", "<think>hm</think>a<|end|>")
-    assert data.render(answer, tiny_tokenizer) == expected
+def test_published_templates_are_honoured_or_refused(tiny_tokenizer):
+    """Prompt and completion are what TRL's templates write themselves, thoughts and all."""
+    refused, thoughts = set(), "<think>\nhm\n</think>\n\nIt is 4."
+    answers = ("It is 4.", " It is 4.\n", thoughts, "<think>hm</think>It is 4.")
+    questions = (ask("a"), says("s", "system") + ask("a") + says(thoughts) + ask("b"))
+    tiny_tokenizer.bos_token = "<|system|>"
+    for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"):
+        tiny_tokenizer.chat_template = path.read_text("utf-8")
+        for answer, turns in product(answers, questions):
+            messages = turns + says(answer)
+            try:
+                prompt, completion = data.render({"messages": messages}, tiny_tokenizer)
+            except ValueError as error:
+                refused.add(path.stem.split("_")[0])
+                assert str(error).startswith("template: the "), path
+                continue
+            own = tiny_tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+            assert (prompt + completion).startswith(own) or own.startswith(prompt + completion)
+            assert "".join(completion.split()).startswith("".join(answer.split())), path
+    # The first drops thoughts, the second refuses a system message, the others want image parts.
+    assert refused == {"deepseek", "deepseekv3", "gemma", "idefics3", "llava", "smolvlm"}
+
+
+def test_an_answer_or_question_that_a_template_drops_is_refused(tiny_tokenizer):
     tiny_tokenizer.chat_template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
-    with pytest.raises(ValueError, match="template"):
-        data.render(answer, tiny_tokenizer)
+    with pytest.raises(ValueError, match="template.*hm"):
+        data.render({"prompt": "q", "completion": "<think>hm</think>a"}, tiny_tokenizer)
+    tiny_tokenizer.chat_template = CHATML.replace("messages", "messages[-2:]")
+    row = {"prompt": says("be brief", "system") + ask("q"), "completion": "a"}
+    with pytest.raises(ValueError, match="template.*be brief"):
+        data.render(row, tiny_tokenizer)
 
 
 def test_conversation_trains_the_last_answer(tiny_tokenizer):
@@ -404,8 +429,6 @@ def test_conversation_trains_the_last_answer(tiny_tokenizer):
     plain, _ = data.render(row, tiny_tokenizer, "plain")
     assert templates.prompt_text(PAIR) == PAIR["prompt"]
     assert plain.endswith("User:\nv\n\nAssistant:\n") and "unseen" not in plain
-    with pytest.raises(ValueError, match="alpaca"):
-        data.render(row, tiny_tokenizer, "alpaca")
 
 
 def test_template_errors(make_tokenizer):
@@ -413,32 +436,61 @@ def test_template_errors(make_tokenizer):
     for template in ("chat", "vicuna"):
         with pytest.raises(ValueError, match=f"template: .*{template}"):
             data.render(PAIR, bare, template)
-    chat.chat_template = LLAMA2
-    system = {"messages": says("s", "system") + says("a")}
-    with pytest.raises(ValueError, match="row 2: template: .*System role not supported"):
-        data.encode([PAIR, system], chat)
     chat.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     with pytest.raises(ValueError, match="template"):
         data.render(PAIR, chat)
-    with pytest.raises(ValueError, match=r"row 1: .*chosen"):
-        data.encode([{"prompt": "q", "chosen": "a", "rejected": "b"}], make_tokenizer())
+    for row, wrong in (({**PAIR, "completion": " \n"}, "empty"), ({"chosen": "a"}, "chosen")):
+        with pytest.raises(ValueError, match=f"row 2: .*{wrong}"):
+            data.encode([PAIR, row], bare)
+    with pytest.raises(ValueError, match="rows"):
+        data.encode([], bare)
+
+
+def llama_like(tokenizer):
+    """A BOS before every text, unless told not to."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def test_bos_stands_once_at_the_start(make_tokenizer):
-    """A tokenizer like Llama's puts a BOS before every text, unless told not to."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = make_tokenizer(chat=False)
-    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
-    bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", bos)]
-    )
-    long = {"prompt": "word " * 50, "completion": "yes"}
-    encoded = data.encode([PAIR, {"text": "a"}, long], tokenizer, max_length=48, template="plain")
+    tokenizer = llama_like(make_tokenizer(chat=False))
+    rows = [PAIR, {"text": "a"}, {"prompt": "word " * 50, "completion": "yes"}]
+    encoded = data.encode(rows, tokenizer, max_length=48, template="plain")
     for ids, _ in encoded:
-        assert ids[0] == bos and (ids == bos).sum() == 1
+        assert ids[0] == tokenizer.bos_token_id and (ids == ids[0]).sum() == 1
     assert encoded.truncated == 1 and len(encoded[2].ids) == 48
+
+
+SPELLED = "<|begin|>a <|end|><|user|>\nb<|assistant|> <think>c <|pad|"
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain", "text"])
+def test_special_tokens_in_a_text_stay_text(make_tokenizer, template):
+    """The frame's are special, those of the row are not, but for an answer's thoughts."""
+    tokenizer = llama_like(make_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    names = ["text"] if template == "text" else ["prompt", "completion"]
+    template = template.replace("text", "plain")
+    row, frame = (dict.fromkeys(names, text) for text in (SPELLED, "{}"))
+    prompt, completion = data.render(frame, tokenizer, template)
+    plain, literal = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        for text, split in ((prompt + completion, False), (SPELLED, True))
+    )
+    (example,) = data.encode([row], tokenizer, template=template)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found, expected = ([i for i in ids if i in special] for ids in (example.ids, plain))
+    if "prompt" in row:
+        expected.insert(-1, tokenizer.convert_tokens_to_ids("<think>"))
+        ids = templates.tokenize([data.render(row, tokenizer, template)[0]], tokenizer)[0]
+        assert str(literal)[1:-1] in str(ids)
+    assert found == expected
+    assert tokenizer.decode(example.ids) == (prompt + completion).replace("{}", SPELLED)
 
 
 def decoded(tokenizer, example):
@@ -491,13 +543,6 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end(tiny_toke
     tiny_tokenizer.model_max_length = 20
     encoded = data.encode([long], tiny_tokenizer)
     assert encoded.max_length == len(encoded[0].ids) == 20
-
-
-def test_encode_names_what_it_refuses(tiny_tokenizer):
-    with pytest.raises(ValueError, match="row 2"):
-        data.encode([PAIR, {"prompt": "q", "completion": " \n"}], tiny_tokenizer)
-    with pytest.raises(ValueError, match="rows"):
-        data.encode([], tiny_tokenizer)
 
 
 def test_masks_are_shown_escaped(tiny_tokenizer):

@@ -78,20 +78,14 @@ def test_loss_and_gradients_equal_those_of_the_library(tiny_model, tiny_tokenize
     assert_same_step(model, ours(), training.sft_loss(model, pack(encoded))[0])
 
 
-def test_alpaca_prompt_ends_where_the_response_begins():
-    english = instruction.format_alpaca("Name a pet.")
-    assert english.endswith("### Instruction:\nName a pet.\n\n### Response:\n")
-    assert "Input" not in english and "input" not in english
-    assert "### Input:\nowl\n" in instruction.format_alpaca("Translate.", "owl")
-    chinese = instruction.format_alpaca("翻译。", "owl", "zh")
-    assert chinese.endswith("### 指令：\n翻译。\n\n### 输入：\nowl\n\n### 回复：\n")
-
-
-def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer):
-    row = {"instruction": "Translate.", "input": "owl", "prompt": "", "completion": "猫头鹰"}
-    encoded = instruction.encode([row], tiny_tokenizer, InstructionConfig(template="alpaca"))
-    prompt = tiny_tokenizer(instruction.format_alpaca("Translate.", "owl"))["input_ids"]
-    answer = tiny_tokenizer("猫头鹰")["input_ids"]
+@pytest.mark.parametrize("template, language", [("alpaca", "en"), ("alpaca_zh", "zh")])
+@pytest.mark.parametrize("given", ["owl", ""])
+def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer, template, language, given):
+    row = {"instruction": "Translate.", "input": given, "prompt": "", "completion": "猫头鹰"}
+    encoded = instruction.encode([row], tiny_tokenizer, InstructionConfig(template=template))
+    text = instruction.format_alpaca("Translate.", given, language)
+    assert text.endswith(("### Response:\n", "### 回复：\n")) and ("owl" in text) == bool(given)
+    prompt, answer = (tiny_tokenizer(part)["input_ids"] for part in (text, "猫头鹰"))
     joined = instruction.join(prompt, answer, tiny_tokenizer.eos_token_id)
     assert tuple(part.tolist() for part in encoded[0]) == joined
 

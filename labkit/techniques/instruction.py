@@ -70,10 +70,8 @@ def loss(
 def encode(rows: list[Row], tokenizer: Any, config: InstructionConfig) -> data.Encoded:
     """`data.encode`, then with the config's two switches applied."""
     encoded = data.encode(rows, tokenizer, max_length=config.max_length, template=config.template)
-    stop = None if config.learn_eos else -1
-    masks = (np.ones_like(mask) if config.learn_prompt else mask for _, mask in encoded)
-    pairs = zip(encoded, masks, strict=True)
-    examples = [batching.Example(e.ids[:stop], mask[:stop]) for e, mask in pairs]
+    stop, learned = None if config.learn_eos else -1, int(config.learn_prompt)
+    examples = (batching.Example(ids[:stop], mask[:stop] | learned) for ids, mask in encoded)
     return data.Encoded(examples, encoded.truncated, encoded.max_length)
 
 
