@@ -86,8 +86,8 @@ class Run:
         """Record a small table of results under `name`, and return it for display."""
         self.record["tables"][name] = plain(rows)
         table = Table(rows)
-        columns, data = table.columns, table.cells()
-        self._send(lambda run: run.log({name: sys.modules["wandb"].Table(columns, data)}))
+        shown = table.columns, table.cells()
+        self._send(lambda run: run.log({name: sys.modules["wandb"].Table(*shown)}))
         self._write()
         return table
 
@@ -186,14 +186,13 @@ def check_resume(notebook: str, parameters: Values) -> None:
     folder, now = Path(parameters["resume"]).resolve(), plain(parameters) | {"notebook": notebook}
     if not can_resume(folder):
         raise ValueError(f"resume: expected a run's folder with a checkpoint, got {folder}")
-    files = [place / "record.json" for place in (folder, *folder.parents[:3])]
-    for file in [file for file in files if file.is_file()][:1]:
-        record = json.loads(file.read_text("utf-8"))
-        began = record["parameters"] | {"notebook": record["notebook"]}
-        for name in sorted(began.keys() & now.keys() - FREE):
-            if began[name] != now[name]:
-                was = f"{name} = {began[name]!r}"
-                raise ValueError(f"resume: {folder} began with {was}, got {now[name]!r}")
+    runs = [place for place in (folder, *folder.parents[:3]) if (place / "record.json").is_file()]
+    record = _read(runs[0]) if runs else {"parameters": {}, "notebook": notebook}
+    began = record["parameters"] | {"notebook": record["notebook"]}
+    for name in sorted(began.keys() & now.keys() - FREE):
+        if began[name] not in (now[name], "(hidden)"):
+            was = f"{name} = {began[name]!r}"
+            raise ValueError(f"resume: {folder} began with {was}, got {now[name]!r}")
 
 
 def can_resume(folder: Path) -> bool:
@@ -218,9 +217,8 @@ def project_root() -> Path:
 
 def close(folder: Path, notebook: str, parameters: Values, status: str, error: str = "") -> None:
     """Close the record in `folder` from outside, after its kernel ended or recorded nothing."""
-    file, record = folder / "record.json", _new_record(notebook, folder, parameters)
-    if file.exists():
-        record = json.loads(file.read_text("utf-8"))
+    made = (folder / "record.json").exists()
+    record = _read(folder) if made else _new_record(notebook, folder, parameters)
     if record["status"] == "running" or status != "finished":
         record.update(status=status, error=error or record["error"], ended=_now())
     _drop_empty(folder)
@@ -236,8 +234,8 @@ def read_runs(root: Place = None) -> list[Values]:
     files = Path(root or project_root()).glob("runs/*/*/record.json")
     for file in sorted(files, key=lambda f: f.parent.name):
         try:
-            record = dict(json.loads(file.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            record = _read(file.parent)
+        except (OSError, ValueError) as error:
             broken = {"status": "unreadable", "error": f"{file}: {error}"}
             record = _new_record(file.parent.parent.name, file.parent, {}) | broken
         machine, number = record.get("process") or ("", 0)  # another machine's are not known
@@ -334,6 +332,10 @@ def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
     record |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
     record |= {"process": [_MACHINE, os.getpid()], "timings": {}, "peak_memory_bytes": 0}
     return record | {"metrics": {}, "claims": [], "tables": {}, "artifacts": [], "history": []}
+
+
+def _read(folder: Path) -> Values:
+    return json.loads((folder / "record.json").read_text("utf-8"))
 
 
 def _write_record(folder: Path, record: Values) -> None:
