@@ -120,9 +120,11 @@ def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
     record.check_resume(notebook, given)
     for name in ("data", "pretraining_texts", "preferences"):
         if given.get(name, "tinytown") != "tinytown":
-            from labkit import data
+            from labkit import data, templates
 
-            data.load(given[name], limit=1)  # reads all rows
+            rows = data.load(given[name], limit=1)  # all are read
+            for row in rows if name == "data" else []:
+                templates.response(row)
     if not force and given.get("model", "tinytown") != "tinytown":
         from labkit import memory
 

@@ -84,6 +84,7 @@ REFUSED = [
     ("nowhere", ["tiny", "-p", "resume", "/nowhere"]),
     ("none.jsonl", ["tiny", "-p", "data", "none.jsonl"]),
     ("bad.jsonl", ["tiny", "-p", "data", "bad.jsonl"]),
+    ("chosen", ["tiny", "-p", "data", "pair.jsonl"]),
     ("missing.yaml", ["tiny", "-f", "missing.yaml"]),
     ("list.yaml", ["tiny", "-f", "list.yaml"]),
     ("gpuu", ["tiny", "--profile", "gpuu"]),
@@ -97,6 +98,7 @@ REFUSED = [
 def test_bad_input_is_refused_before_a_kernel_starts(library, call, monkeypatch, named, arguments):
     Path("list.yaml").write_text("- 1\n")
     Path("bad.jsonl").write_text('{"colour": "red"}\n')
+    Path("pair.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     monkeypatch.setattr(notebooks, "execute", lambda *_, **__: pytest.fail("a kernel was started"))
     status, out, err = call("run", *arguments)
     assert status == 2 and out == "" and named in err and "Traceback" not in err
