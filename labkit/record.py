@@ -187,7 +187,7 @@ def check_resume(notebook: str, parameters: Values) -> None:
     if not can_resume(folder):
         raise ValueError(f"resume: expected a run's folder with a checkpoint, got {folder}")
     runs = [place for place in (folder, *folder.parents[:3]) if (place / "record.json").is_file()]
-    record = _read(runs[0]) if runs else {"parameters": {}, "notebook": notebook}
+    record: Values = _read(runs[0]) if runs else {"parameters": {}, "notebook": notebook}
     began = record["parameters"] | {"notebook": record["notebook"]}
     for name in sorted(began.keys() & now.keys() - FREE):
         if began[name] not in (now[name], "(hidden)"):
@@ -362,13 +362,12 @@ def _start_wandb(run: Run, project: str) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
     for name in _WANDB_FOLDERS:
         os.environ[name] = str(run.folder / "wandb" / name.split("_")[1].lower())
-    group = run.record["notebook"]
-    about: Values = {"project": project, "group": group, "name": f"{group}-{run.folder.name}"}
-    about |= {"dir": str(run.folder), "config": run.record["parameters"]}
-    about |= {"reinit": "finish_previous"}
-    quiet: Values = {"silent": True, "console": "off", "init_timeout": 10, "finish_timeout": 10}
-    quiet |= {"host": "", "disable_git": True, "x_save_requirements": False}
-    quiet |= {"x_disable_meta": True, "x_disable_stats": True}
+    group, given = run.record["notebook"], run.record["parameters"]
+    about: Values = dict(project=project, group=group, name=f"{group}-{run.folder.name}")
+    quiet: Values = dict(silent=True, console="off", init_timeout=10, finish_timeout=10, host="")
+    quiet |= dict(disable_git=True, x_save_requirements=False, x_disable_meta=True)
+    about |= dict(dir=str(run.folder), config=given, settings=quiet | {"x_disable_stats": True})
+    mode: Any
     for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
         try:
             if mode == "disabled":
@@ -376,7 +375,7 @@ def _start_wandb(run: Run, project: str) -> Any:
             import wandb
 
             mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-            made = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **about)
+            made = wandb.init(mode=mode, reinit="finish_previous", **about)
             made.define_metric("*", step_metric="step")
             return made
         except Exception as error:

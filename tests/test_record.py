@@ -157,15 +157,6 @@ def test_a_killed_process_leaves_a_whole_record_that_reads_as_stopped(tmp_path, 
     assert {run["status"] for run in record.read_runs(tmp_path)} == {"stopped", "unreadable"}
 
 
-def test_a_run_is_closed_from_outside_unless_it_closed_itself(tmp_path):
-    run = record.start("x", {}, root=tmp_path)
-    record.close(run.folder, "x", {}, "interrupted", "SIGTERM")
-    assert (read(run)["status"], read(run)["error"]) == ("interrupted", "SIGTERM")
-    record.close(tmp_path, "y", {"a": 1}, "finished")  # its kernel recorded nothing
-    found = json.loads((tmp_path / "record.json").read_text())
-    assert (found["status"], found["parameters"]) == ("finished", {"a": 1})
-
-
 def test_the_report_shows_all_runs_and_escapes_them(tmp_path):
     for value in (1.0, 2.0):
         run = record.start("02_lora", {"data": "<b>mine</b>"}, root=tmp_path)
@@ -179,12 +170,6 @@ def test_the_report_shows_all_runs_and_escapes_them(tmp_path):
     assert page.count("<polyline") == 2 and page.count("finished") == 2
     assert not [raw for raw in ("<b>mine", "<i>r = 8", "<img") if raw in page]
     assert "http" not in page  # the page needs nothing from elsewhere
-
-
-def test_recorded_results_are_read_and_missing_ones_named():
-    assert record.recorded("lora_rank")["runs"]
-    with pytest.raises(FileNotFoundError, match="nothing.json"):
-        record.recorded("nothing")
 
 
 WANDB = """import sys; from labkit import record
