@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module, examples: Sequence[Any] = ()) -> dict[str, Any
             value = getattr(value, "__name__", value)  # of a class, or of an activation
             kinds = {type(v) for v in (value.values() if isinstance(value, dict) else [value])}
             if kinds <= {int, float, str} and not re.search("^_|_cached$|_path$", name):
-                settings.setdefault(name, set()).add(str(value))
+                settings.setdefault(f"model.{name}", set()).add(str(value))
     made = {"examples": crc, "frozen weights": f"{frozen:.6e}", "trained weights": trained}
     return {name: sorted(values) for name, values in settings.items()} | made
 

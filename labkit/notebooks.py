@@ -183,7 +183,7 @@ def _type(default: Any, limits: Any) -> Any:
         return list[_type(default[0], limits)] if same else list  # type: ignore[misc]
     if isinstance(limits, list) and isinstance(limits[0], str):
         return Literal[tuple(limits)]
-    rules = (
-        limits if isinstance(limits, dict) else dict(zip(("ge", "le"), limits or (), strict=False))
-    )
+    rules = {"ge": limits[0], "le": limits[1]} if isinstance(limits, list) else dict(limits or {})
+    if isinstance(default, float):
+        rules["allow_inf_nan"] = False
     return Any if default is None else Annotated[type(default), Field(**rules)]

@@ -15,8 +15,9 @@ anything = None
 loss = "sft"
 dropout = 0.0
 part = 4
+alpha = 16.0
 """
-DEFAULTS = [8, 1e-3, "tinytown", False, [1, 8], None, "sft", 0.0, 4]
+DEFAULTS = [8, 1e-3, "tinytown", False, [1, 8], None, "sft", 0.0, 4, 16.0]
 LIMITS = {"rank": [1, None], "ranks": [1, 64], "learning_rate": {"gt": 0, "lt": 1}}
 LIMITS |= {"loss": ["sft", "dpo"], "data": {"min_length": 1}, "dropout": {"ge": 0, "lt": 1}}
 ABOUT = {"limits": LIMITS, "renamed": {"rate": "learning_rate"}, "multiples": {"rank": "part"}}
@@ -74,7 +75,7 @@ GOOD += [("loss", "dpo", "dpo"), ("dropout", 0, 0.0)]
 BAD = [("rnak", 8), ("rank", "big"), ("rank", 8.5), ("rank", True), ("rank", "null"), ("rank", -1)]
 BAD += [("learning_rate", "fast"), ("learning_rate", "nan"), ("learning_rate", 0), ("data", 7)]
 BAD += [("ranks", "8"), ("ranks", "[1, x]"), ("ranks", "[8, 128]"), ("ranks", [0]), ("loss", "ppo")]
-BAD += [("quick", "2"), ("data", ""), ("dropout", "1"), ("rank", 10), ("part", 3)]
+BAD += [("quick", "2"), ("data", ""), ("dropout", "1"), ("alpha", "inf"), ("rank", 10), ("part", 3)]
 
 
 @pytest.mark.parametrize(("name", "given", "expected"), GOOD)
