@@ -1,6 +1,5 @@
 """The command line refuses early, records what it ran, and closes what is interrupted."""
 
-import json
 import os
 import signal
 import subprocess
@@ -72,10 +71,6 @@ def call(monkeypatch, capfd):
     return run
 
 
-def record_of(folder):
-    return json.loads((folder / "record.json").read_text("utf-8"))
-
-
 REFUSED = [
     ("tyni", ["tyni"]),
     ("rnak", ["tiny", "-p", "rnak", "4"]),
@@ -110,7 +105,7 @@ def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call):
     status, out, err = call("run", "tiny", "-p", "r", 16, "-p", "data", "mine.jsonl")
     assert status == 0, err
     (folder,) = (library / "runs" / "02_tiny").iterdir()
-    found = record_of(folder)
+    (found,) = record.read_runs()
     assert found["parameters"] == {"rank": 16, "data": "mine.jsonl"}
     assert found["metrics"]["double"] == 32 and found["status"] == "finished"
     assert found["metrics"]["found"]  # a relative path means the caller's folder
@@ -127,7 +122,8 @@ def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):
     status, _, err = call("run", "bad", "tiny", "--profile", "gpu", "--output", "mine")
     assert status == 1 and "ValueError: no 32" in err and "Traceback" not in err
     (folder,) = Path("mine/runs/03_bad").iterdir()
-    assert record_of(folder)["status"] == "failed" and "no 32" in record_of(folder)["error"]
+    (found,) = record.read_runs("mine")
+    assert found["status"] == "failed" and "no 32" in found["error"]
     assert (folder / "notebook.ipynb").exists()
     assert not Path("mine/runs/02_tiny").exists()  # stopped at the first failure
     assert call("run", "bad", "tiny", "--keep-going")[0] == 1
@@ -149,11 +145,7 @@ def test_later_sources_of_parameters_win(library, call, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_unless_forced(library, call, monkeypatch):
-    save(
-        library / "notebooks" / "02_lora.ipynb",
-        CODE,
-        "model = 'tinytown'\nrank = 8\ndata = 'tinytown'",
-    )
+    save(library / "notebooks" / "02_lora.ipynb", CODE, f"model = 'tinytown'\n{PARAMETERS}")
 
     def check_fits(notebook, values):
         assert notebook == "02_lora" and values["rank"] == 8
@@ -180,14 +172,10 @@ def test_refresh_executes_in_place_and_leaves_a_failing_notebook_alone(library, 
 
 
 def stopped(command, send, *signals):
-    """Exit status and output of `labkit <command> slow`, stopped while its last cell runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "labkit.cli", command, "slow"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    """`labkit <command> slow`, stopped while its last cell runs, and its output."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "labkit.cli", command, "slow"]
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     deadline = time.monotonic() + 60
     while not list(Path.cwd().parent.rglob("started")) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -206,7 +194,7 @@ def test_a_stopped_run_is_closed_as_interrupted_with_its_folder(library, stop):
     save(library / "notebooks" / "04_slow.ipynb", SLEEP)
     process, out, err = stopped("run", *stop)
     (folder,) = (library / "runs" / "04_slow").iterdir()
-    assert process.returncode == 1 and record_of(folder)["status"] == "interrupted", err
+    assert process.returncode == 1 and record.read_runs()[0]["status"] == "interrupted", err
     assert f"-p resume {folder}" in out and "Traceback" not in err
     assert {f.name for f in folder.iterdir()} == {"checkpoints", "notebook.ipynb", "record.json"}
 
