@@ -90,12 +90,6 @@ def test_huge_margins_stay_finite():
     assert value.item() == 2e4 and scores.grad.tolist() == [1, -1]
 
 
-def test_pairs_must_be_pairs():
-    for pairs in (torch.zeros(0, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)):
-        with pytest.raises(ValueError, match="pairs"):
-            reward.loss(torch.zeros(4), pairs)
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_batch_is_the_mean_over_rankings_of_the_mean_over_their_pairs(network, packing):
     """A ranking of two counts as much as one of five; the texts are scored one by one here."""
@@ -194,13 +188,24 @@ def test_the_model_is_copied(tiny_model, tiny_tokenizer, arch):
     assert not hasattr(model.config, "problem_type") or model.config.num_labels == 2
 
 
-def test_adapters_must_be_merged(tiny_model, tiny_tokenizer):
-    from labkit.techniques import lora
+def test_what_can_carry_no_head_is_refused(tiny_model, tiny_tokenizer, network):
+    import peft
+    import transformers as tf
 
-    tuned = lora.attach(tiny_model(), lora.LoraConfig())
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        reward.with_head(tuned, tiny_tokenizer)
-    reward.with_head(tuned.merge_and_unload(), tiny_tokenizer)
+    tuned = peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM"))
+    classifier = peft.get_peft_model(network(), peft.LoraConfig(task_type="SEQ_CLS"))
+    two = tf.AutoModelForSequenceClassification.from_config(tiny_model().config)
+    sizes = dict(vocab_size=448, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+    granite = tf.GraniteConfig(hidden_size=64, intermediate_size=64, **sizes)
+    ctrl = tf.CTRLConfig(vocab_size=448, n_embd=64, n_layer=1, n_head=4, dff=64)
+    others = [tf.AutoModelForCausalLM.from_config(config) for config in (granite, ctrl)]
+    for model, named in zip(
+        (tuned, classifier, two, *others),
+        ("merge_and_unload", "merge_and_unload", "one output", "a granite", "a ctrl"),
+        strict=True,
+    ):
+        with pytest.raises(ValueError, match=named):
+            reward.train(model, tiny_tokenizer, [pair()], progress=False)
 
 
 # Parity
@@ -289,17 +294,15 @@ def test_settings_and_data_that_cannot_work(tiny_model, tiny_tokenizer):
         reward.train(tiny_model(), tiny_tokenizer, [pair()], config, progress=False)
 
 
-def test_one_pair_of_each_ranking(network, tiny_tokenizer):
+def test_one_pair_of_each_ranking(tiny_model, tiny_tokenizer, monkeypatch):
     """In the ranking's order, fixed by the seed, and every pair comes up at some seed."""
-    model, rendered = (
-        RewardModel(network(), tiny_tokenizer),
-        reward.check([ranking(4)], tiny_tokenizer),
-    )
+    monkeypatch.setattr(reward.training, "fit", lambda scorer, examples, *a, **k: examples)
 
     def drawn(**settings):
-        (chosen,) = reward._examples(rendered, model, RewardConfig(**settings))
-        return [example.ids.tobytes() for example in chosen]
+        found = reward.train(network, tiny_tokenizer, [ranking(4)], RewardConfig(**settings))
+        return [example.ids.tobytes() for example in found[1][0]]
 
+    network = reward.with_head(tiny_model(), tiny_tokenizer)
     everything = drawn()
     pairs = [tuple(map(everything.index, drawn(pairs="one", seed=seed))) for seed in range(40)]
     assert len(everything) == 4 and set(pairs) == set(combinations(range(4), 2))
@@ -307,23 +310,33 @@ def test_one_pair_of_each_ranking(network, tiny_tokenizer):
 
 
 def test_texts_are_cut_at_the_beginning(network, tiny_tokenizer, caplog):
+    """A BOS stays, the EOS, too."""
+    tiny_tokenizer.bos_token = "<|user|>"
     model = RewardModel(network(), tiny_tokenizer, max_length=12)
     long = "米拉住在河边的磨坊里。" * 5
     with caplog.at_level("WARNING", logger="labkit"):
         (first,) = model.scores([long + "a"], ["seven"])
-    assert "1 of 1" in caplog.text
+    assert "1 texts" in caplog.text
     assert model.scores(["b" + long + "a"], ["seven"]) == [first]
     assert model.scores([long + "a"], ["honey"]) != [first]
+    (ids, mask), bos = model._encode([("<|user|>" + long, "seven<|end|>")])[0], 3
+    assert (ids[0], ids[-1], len(ids)) == (bos, EOS, 12) and not mask[0]
 
 
 def test_texts_that_are_equal_once_cut_teach_nothing(tiny_model, tiny_tokenizer, caplog):
     """Two responses that differ only in what is cut away: their pair would cost log 2 for ever."""
     long = " the mill by the river" * 5
-    rows = [pair(), pair(chosen="Otto" + long, rejected="Mila" + long)]
+    same = pair(chosen="Otto" + long, rejected="Mila" + long)
     config = RewardConfig(max_length=16, batch_size=2)
     with caplog.at_level("WARNING", logger="labkit"):
-        _, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
+        model, result = reward.train(
+            tiny_model(), tiny_tokenizer, [pair(), same], config, progress=False
+        )
     assert result.steps == 1 and result.tokens <= 32 and "left out" in caplog.text
+    found = reward.evaluate(model, [pair(), same])
+    assert (len(found.margins), found.rankings) == (1, 1)
+    with pytest.raises(ValueError, match="max_length"):
+        reward.evaluate(model, [same])
 
 
 # The model as a reward
