@@ -13,7 +13,8 @@ The chapter's loop (5.5.4) has no values, advantages, masks or EOS, takes the ol
 log-probabilities from generation, and gives the KL penalty to responses, not to tokens. Details
 as in Huang et al. 2024 ("The N+ implementation details"). What a step does depends on its number
 and the seed: a resumed run goes on as if it had never stopped, and several processes (torchrun,
-accelerate) learn what one would. Left out: sharded weights, gradient checkpointing, soft prompts.
+accelerate) learn what one would. Left out: an adaptive beta, the KL penalty in the loss, sharded
+weights, gradient checkpointing, soft prompts.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ logger = logging.getLogger("labkit")
 
 SHUFFLING, DRAWING = 1, 2  # what random numbers are for; `rollout` has 0
 FREE = ("resume", "save_steps", "sampling_batch", "kl_limit")  # may change when a run is resumed
+REMARKS = (  # on a metric that has this value
+    ("empty_rate", 1, "all responses are empty: is the reward highest for saying nothing?"),
+    ("end_rate", 0, "no response ended: raise max_new_tokens, or tune on responses with their EOS"),
+)
 
 
 @settings
@@ -54,10 +59,9 @@ class PPOConfig:
     """Settings of a run; the defaults suit a small model on a CPU.
 
     `batch_size` counts the prompts of a step in all processes; the learning rate falls to 0.
-    `beta` weighs the KL penalty, in the reward, or as k2 in the loss (`kl_in_loss`); with
-    `kl_target` (nats per response) it is adapted, over `kl_horizon` episodes; beyond `kl_limit`
-    the run stops. `sampling_batch` responses are sampled at once. A checkpoint is written every
-    `save_steps` steps (0: never); `resume` names their folder, or one above it.
+    `beta` weighs the KL penalty; beyond `kl_limit` (nats per response) the run stops.
+    `sampling_batch` responses are sampled at once. A checkpoint is written every `save_steps`
+    steps (0: never); `resume` names their folder, or one above it.
     """
 
     steps: Count = 50
@@ -68,10 +72,7 @@ class PPOConfig:
     max_new_tokens: Count = 48
     temperature: Positive = 1.0
     beta: NonNegative = 0.05
-    kl_target: Positive | None = None
-    kl_horizon: Count = 10_000
     kl_limit: Positive | None = None
-    kl_in_loss: bool = False
     missing_end_penalty: NonNegative = 1.0
     gamma: Probability = 1.0
     lam: Probability = 0.95
@@ -98,11 +99,6 @@ class PPOConfig:
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """log p - log q: over samples of p its mean is KL(p || q), though one may be negative."""
     return logp - ref_logp
-
-
-def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """(log p - log q)² / 2: biased, but the mean of its gradient is the gradient of KL(p || q)."""
-    return (logp - ref_logp).square() / 2
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -156,18 +152,17 @@ def value_loss(
 
 
 def losses(
-    logp: Tensor, values: Tensor, old: dict[str, Tensor], beta: float, config: PPOConfig
+    logp: Tensor, values: Tensor, old: dict[str, Tensor], config: PPOConfig
 ) -> dict[str, Tensor]:
     """`loss`, to be minimized, and what is reported: all means over a minibatch's tokens.
 
-    `old` has the rollout's `mask`, `logp`, `ref_logp`, `values`, `advantages` and `returns`.
+    `old` has the rollout's `mask`, `logp`, `values`, `advantages` and `returns`.
     """
     mask, ratio = old["mask"], (logp.detach() - old["logp"]).exp()
     policy = policy_loss(logp, old["logp"], old["advantages"], mask, config.clip)
     value = value_loss(values, old["values"], old["returns"], mask, config.value_clip)
-    penalty = beta * masked_mean(k2(logp, old["ref_logp"]), mask) if config.kl_in_loss else 0.0
     return {
-        "loss": policy + config.value_coefficient * value + penalty,
+        "loss": policy + config.value_coefficient * value,
         "policy_loss": policy.detach(),
         "value_loss": value.detach(),
         "ratio": masked_mean(ratio, mask),
@@ -182,10 +177,33 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - (returns - values)[mask].var(correction=0) / spread) if spread > 0 else 0.0
 
 
-def adapted(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The next beta: greater if `kl` is above `target`, else less (Ziegler et al. 2019)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * episodes / horizon)
+# A step: a rollout, then passes over it
+
+
+def old_scores(sampled: Rollout, config: PPOConfig) -> dict[str, Tensor]:
+    """What stays as it is during the passes over a rollout: all (B, T)."""
+    mask, values = sampled.mask, sampled.values
+    kl, penalty = k1(sampled.logp, sampled.ref_logp), config.missing_end_penalty
+    rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, config.beta, penalty)
+    advantages = gae(rewards, values, mask, config.gamma, config.lam)
+    old = {"mask": mask, "logp": sampled.logp, "values": values}
+    old["returns"] = (advantages + values).masked_fill(~mask, 0.0)
+    return old | {"advantages": masked_whiten(advantages, mask)}
+
+
+def minibatch_losses(
+    policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, config: PPOConfig
+) -> dict[str, Tensor]:
+    """`losses` of this process's shard of `rows`, weighted by its tokens: DDP takes the mean."""
+    inner, shard = getattr(policy, "module", policy), rollouts.local_shard(rows)
+    batch = inner.pack([sampled.examples[i] for i in shard])
+    weight = sampled.mask[shard].sum() / sampled.mask[rows].sum() * PartialState().num_processes
+    known = {name: column[shard].to(inner.device) for name, column in old.items()}
+    table = torch.zeros_like(known["logp"])
+    outputs = policy(batch, config.temperature)[:2]
+    logp, values = (table.masked_scatter(known["mask"], batch.in_order(x)) for x in outputs)
+    found = losses(logp, values, known, config)
+    return {name: value * weight.to(inner.device) for name, value in found.items()}
 
 
 def update(
@@ -194,22 +212,19 @@ def update(
     config: PPOConfig,
     optimizer: torch.optim.Optimizer,
     step: int = 0,
-    beta: float | None = None,
 ) -> dict[str, float]:
     """Passes over the rollout in minibatches, shuffled anew each time; gives means over them.
 
     `policy` is a PolicyWithValue, or DistributedDataParallel around one. Raises
     FloatingPointError for a loss that is not finite.
     """
-    beta = config.beta if beta is None else beta
-    old = old_scores(sampled, beta, config)
-    random = np.random.default_rng((config.seed, SHUFFLING, step))
+    old, random = old_scores(sampled, config), np.random.default_rng((config.seed, SHUFFLING, step))
     weights = [p for p in policy.parameters() if p.requires_grad]
     count, found = len(sampled.examples), []
     for epoch in range(config.epochs):
         order = random.permutation(count) if epoch else np.arange(count)
         for rows in rollouts.minibatches(order, config.minibatch_size):
-            stats = minibatch_losses(policy, sampled, rows, old, beta, config)
+            stats = minibatch_losses(policy, sampled, rows, old, config)
             optimizer.zero_grad()
             stats["loss"].backward()
             norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
@@ -220,32 +235,6 @@ def update(
         check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
     explained = explained_variance(sampled.values, old["returns"], sampled.mask)
     return metrics | {"explained_variance": explained}
-
-
-def old_scores(sampled: Rollout, beta: float, config: PPOConfig) -> dict[str, Tensor]:
-    """What stays as it is during the passes over a rollout: all (B, T)."""
-    old = {name: getattr(sampled, name) for name in ("mask", "logp", "ref_logp", "values")}
-    mask, kl = sampled.mask, k1(sampled.logp, sampled.ref_logp)
-    weights = (0.0 if config.kl_in_loss else beta, config.missing_end_penalty)
-    rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, *weights)
-    advantages = gae(rewards, sampled.values, mask, config.gamma, config.lam)
-    returns = (advantages + sampled.values).masked_fill(~mask, 0.0)
-    return old | {"advantages": masked_whiten(advantages, mask), "returns": returns}
-
-
-def minibatch_losses(
-    policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
-) -> dict[str, Tensor]:
-    """`losses` of this process's shard of `rows`, weighted by its tokens: DDP takes the mean."""
-    inner, shard = getattr(policy, "module", policy), rollouts.local_shard(rows)
-    batch = inner.pack([sampled.examples[i] for i in shard])
-    weight = sampled.mask[shard].sum() / sampled.mask[rows].sum() * PartialState().num_processes
-    known = {name: column[shard].to(inner.device) for name, column in old.items()}
-    table = torch.zeros_like(known["logp"])
-    outputs = policy(batch, config.temperature)[:2]
-    logp, values = (table.masked_scatter(known["mask"], batch.in_order(x)) for x in outputs)
-    found = losses(logp, values, known, beta, config)
-    return {name: value * weight.to(inner.device) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -282,45 +271,45 @@ def train(
     `compute_rewards` raises, FloatingPointError for a loss; checkpoints in `output_dir` stay.
     """
     config, started = config or PPOConfig(), time.perf_counter()
-    state = PartialState(cpu=model.device.type == "cpu")
+    main = PartialState(cpu=model.device.type == "cpu").is_main_process
     rollouts.check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    with models.unchanged(model), Line(progress and state.is_main_process) as line:
+    with models.unchanged(model), Line(progress and main) as line:
         policy, wrapped, optimizer = _prepare(model, config)
         made = {name: value for name, value in asdict(config).items() if name not in FREE}
         made |= checkpoints.fingerprint(policy, [Example(*2 * [np.array(p.ids)]) for p in encoded])
-        run: dict[str, Any] = {"history": [], "notes": {}, "beta": config.beta}
+        run: dict[str, Any] = {"history": [], "notes": {}}
         if config.resume:
             run = checkpoints.load(config.resume, policy, optimizer, made)
         elif config.save_steps:
             checkpoints.check_unused(str(output_dir))
-        history, stopped = run["history"], ""
+        history, notes, stopped = run["history"], run["notes"], ""
 
         def finish(sampled: Rollout, metrics: dict[str, float]) -> None:
-            if on_rollout and state.is_main_process:
+            if on_rollout and main:
                 on_rollout(sampled, metrics)
             history.append({"step": len(history) + 1, **metrics})
-            if log and state.is_main_process:
-                log(metrics, len(history))
+            done = len(history)
+            if log and main:
+                log(metrics, done)
             now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
-            line.show(f"step {len(history)}/{config.steps} · {now}")
-            last, every = len(history) == config.steps, config.save_steps
-            due = every and (last or len(history) % every == 0) and not stopped
-            if due and state.is_main_process:
-                checkpoints.save(str(output_dir), len(history), policy, optimizer, run, made)
+            line.show(f"step {done}/{config.steps} · {now}")
+            due = config.save_steps and (done % config.save_steps == 0 or done == config.steps)
+            if due and main and not stopped:
+                checkpoints.save(str(output_dir), done, policy, optimizer, run, made)
 
         while len(history) < config.steps and not stopped:
             step, draw = len(history), (config.seed, DRAWING)
             numbers = rollouts.batch_indices(len(encoded), config.batch_size, step, draw)
             chosen = [encoded[i] for i in numbers]
             sampled = rollout(policy, tokenizer, chosen, reward, config, step)
-            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run)
+            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, notes)
             rollouts.on_all_ranks(partial(finish, sampled, metrics))
-    notes = tuple(f"step {step}: {remark}" for remark, step in run["notes"].items())
-    return Result(history, len(history), time.perf_counter() - started, stopped, notes)
+    given = tuple(f"step {step}: {remark}" for remark, step in notes.items())
+    return Result(history, len(history), time.perf_counter() - started, stopped, given)
 
 
 def _prepare(model: Any, config: PPOConfig) -> tuple[PolicyWithValue, nn.Module, Any]:
@@ -337,24 +326,23 @@ def _prepare(model: Any, config: PPOConfig) -> tuple[PolicyWithValue, nn.Module,
 
 
 def _step(
-    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, run: dict
+    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, notes: dict
 ) -> tuple[dict[str, float], str]:
     """Metrics of the rollout and of the update, or why the run stops before the update."""
     started, rate = time.perf_counter(), config.learning_rate * (1 - step / config.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    metrics = sampled.metrics() | {"beta": run["beta"], "learning_rate": rate}
+    metrics = sampled.metrics() | {"learning_rate": rate}
     for name, estimator in (("kl", k3), ("kl_k1", k1)):
-        metrics[name] = float(sampled.sums(estimator(sampled.logp, sampled.ref_logp)).mean())
-    for remark in set(sampled.remarks()) - set(run["notes"]):
-        run["notes"][remark] = step + 1
-        logger.warning("step %d: %s", step + 1, remark)
+        kl = estimator(sampled.logp, sampled.ref_logp).masked_fill(~sampled.mask, 0.0)
+        metrics[name] = float(kl.sum(1).mean())
+    for name, value, remark in REMARKS:
+        if metrics[name] == value and remark not in notes:
+            notes[remark] = step + 1
+            logger.warning("step %d: %s", step + 1, remark)
     if config.kl_limit and metrics["kl"] > config.kl_limit:
         reason = f"KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}: raise beta"
         logger.warning("step %d: stopped, %s", step + 1, reason)
         return metrics, reason
-    metrics |= update(policy, sampled, config, optimizer, step, run["beta"])
-    if config.kl_target:
-        given = (config.kl_target, config.batch_size, config.kl_horizon)
-        run["beta"] = adapted(run["beta"], metrics["kl_k1"], *given)
+    metrics |= update(policy, sampled, config, optimizer, step)
     return metrics | {"seconds_update": time.perf_counter() - started}, ""

@@ -1,9 +1,8 @@
 """Rollouts: responses that a policy samples, their rewards, and the scores of their tokens.
 
-`techniques.ppo` alternates between this and learning from it. A policy is a language model with a
-reference and a value function; one pass gives log-probabilities and values, with logits at
-response positions only. Several processes each sample a shard and then all hold the whole, so
-what is computed from it is the same on all ranks.
+A policy is a language model with a reference and a value function; one pass gives
+log-probabilities and values, with logits at response positions only. Several processes each
+sample a shard and then all hold the whole, so what is computed from it is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from labkit.templates import Row
 log = logging.getLogger("labkit")
 
 SAMPLING = 0  # what random numbers are for; `ppo` has the others
+SCORES = ("logp", "ref_logp", "values", "entropy")
 
 Reward = Callable[..., Sequence[float]]  # of prompts, responses, and rows if it takes them
 
@@ -44,12 +44,13 @@ def compute_rewards(
     Raises RuntimeError if the reward raises (its error is the cause), ValueError if it gives
     another count or a number that is not finite; both name a prompt and its response.
     """
-    takes_rows = "rows" in inspect.signature(reward).parameters
+    takes_rows, count = "rows" in inspect.signature(reward).parameters, len(responses)
 
     def call(part: slice) -> np.ndarray:
         extra = {"rows": list(rows[part])} if takes_rows else {}
         given = reward(list(prompts[part]), list(responses[part]), **extra)
-        return np.array(given.tolist() if hasattr(given, "tolist") else list(given), dtype=float)
+        given = given.tolist() if hasattr(given, "tolist") else given
+        return np.array([x.item() if hasattr(x, "item") else x for x in given], dtype=float)
 
     def fails(i: int) -> bool:
         try:
@@ -64,14 +65,14 @@ def compute_rewards(
     try:
         values = call(slice(None))
     except Exception as error:
-        place = where(next(filter(fails, range(len(prompts))), 0))
+        place = where(next(filter(fails, range(count)), 0))
         raise RuntimeError(f"reward: {type(error).__name__}: {error}; {place}") from error
-    if values.shape != (len(responses),):
-        expected = f"expected {len(responses)} numbers, got an array of shape {values.shape}"
-        raise ValueError(f"reward: {expected}; the first: {where(0)}")
-    for i in np.flatnonzero(~np.isfinite(values)).tolist():
-        raise ValueError(f"reward: expected a finite number, got {values[i]}; {where(i)}")
-    return [float(value) for value in values]
+    if values.shape != (count,):
+        got = f"an array of shape {values.shape}; the first: {where(0)}"
+        raise ValueError(f"reward: expected {count} numbers, got {got}")
+    if bad := np.flatnonzero(~np.isfinite(values)).tolist():
+        raise ValueError(f"reward: expected a number, got {values[bad[0]]}; {where(bad[0])}")
+    return values.tolist()
 
 
 class PolicyWithValue(nn.Module):
@@ -94,14 +95,13 @@ class PolicyWithValue(nn.Module):
             log.warning("model: small steps are lost in half precision; load it in float32")
         half = {"auto": models.autocast_dtype(model), "bf16": torch.bfloat16, "fp32": None}
         self.dtype, self.model = half[precision], model
-        backbone = models.base_model(model).base_model
+        backbone, adapters = models.base_model(model).base_model, hasattr(model, "disable_adapter")
         self.critic = copy.deepcopy(backbone) if separate_critic else None
-        adapters = hasattr(model, "disable_adapter")
         self.reference = None if adapters else copy.deepcopy(model).requires_grad_(False)
         width = model.get_output_embeddings().weight.shape[1]
         self.value_head = nn.utils.skip_init(nn.Linear, width, 1, device=model.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        for p in self.value_head.parameters():
+            nn.init.zeros_(p)
         self.eval()
         self.packing = model.device.type == "cpu" and logprobs.keeps_apart(model)
 
@@ -160,10 +160,6 @@ class Rollout:
     entropy: Tensor = field(repr=False)
     seconds: dict[str, float] = field(repr=False)
 
-    def sums(self, tokens: Tensor) -> Tensor:
-        """Of values (B, T) for tokens, each response's sum, (B,)."""
-        return tokens.masked_fill(~self.mask, 0.0).sum(1)
-
     def metrics(self) -> dict[str, float]:
         """Means over responses (`entropy`: over tokens, in nats), and seconds per stage."""
         empty = [not response.strip() for response in self.responses]
@@ -175,16 +171,6 @@ class Rollout:
             "end_rate": float(self.ended.float().mean()),
             "empty_rate": sum(empty) / len(empty),
         } | {f"seconds_{stage}": seconds for stage, seconds in self.seconds.items()}
-
-    def remarks(self) -> list[str]:
-        """What is wrong with all responses at once."""
-        empty = not any(text.strip() for text in self.responses)
-        found = ["all responses are empty: is the reward highest for saying nothing?"] * empty
-        if not self.ended.any():
-            found += [
-                "no response ended: raise max_new_tokens, or tune on responses with their EOS"
-            ]
-        return found
 
 
 def rollout(
@@ -218,43 +204,35 @@ def rollout(
     contents, rows = [prompt.content for prompt in own], [prompt.row for prompt in own]
     rewards = on_all_ranks(lambda: compute_rewards(reward, contents, responses, rows))
     times.append(time.perf_counter())
-    examples = [_example(p.ids, reply) for p, reply in zip(own, replies, strict=True)]
-    scores = _scores(policy, examples, [len(shard) for shard in shards], config.temperature)
+    examples = []
+    for prompt, reply in zip(own, replies, strict=True):
+        learned = np.repeat([0, 1], [len(prompt.ids), len(reply)])
+        examples.append(Example(np.array(prompt.ids + reply), learned))
+    waiting, scored = iter(examples), []
+    for shard in shards:
+        batch = policy.pack([next(waiting) for _ in shard])
+        scored.append(batch.in_order(policy.score(batch, config.temperature)))
+    scores = torch.cat(scored).cpu().split([len(reply) for reply in replies])
     ended = [reply[-1] in ends for reply in replies]
-    local = list(zip(mine, responses, rewards, ended, examples, scores, strict=True))
-    columns = zip(*sorted(gather_object(local), key=lambda entry: entry[0]), strict=True)
-    _, responses, rewards, ended, examples, scores = map(list, columns)
+    arrays = [score.numpy() for score in scores]
+    local = list(zip(mine, responses, rewards, ended, examples, arrays, strict=True))
+    whole = sorted(gather_object(local), key=lambda entry: entry[0])
+    _, responses, rewards, ended, examples, arrays = map(list, zip(*whole, strict=True))
     times.append(time.perf_counter())
-    table = nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in scores], batch_first=True)
-    lengths = torch.tensor([len(x) for x in scores])
+    tensors = [torch.from_numpy(array) for array in arrays]
+    table = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    lengths = torch.tensor([len(tensor) for tensor in tensors])
     return Rollout(
         prompts=[prompt.content for prompt in encoded],
         rows=[prompt.row for prompt in encoded],
         responses=responses,
         rewards=torch.tensor(rewards),
         ended=torch.tensor(ended),
-        examples=[Example(*example) for example in examples],
+        examples=examples,
         mask=torch.arange(table.shape[1]) < lengths[:, None],
-        seconds=dict(zip(("sample", "reward", "score"), map(float, np.diff(times)), strict=True)),
-        **dict(zip(("logp", "ref_logp", "values", "entropy"), table.unbind(-1), strict=True)),
+        seconds=dict(zip(("sample", "reward", "score"), np.diff(times).tolist(), strict=True)),
+        **dict(zip(SCORES, table.unbind(-1), strict=True)),
     )
-
-
-def _example(prompt: list[int], reply: list[int]) -> Example:
-    return Example(np.array(prompt + reply), np.repeat([0, 1], [len(prompt), len(reply)]))
-
-
-def _scores(
-    policy: PolicyWithValue, examples: list[Example], sizes: list[int], temperature: float
-) -> list[np.ndarray]:
-    """What `policy.score` gives for each example, (T, 4); one synchronization with the device."""
-    found, start = [], 0
-    for size in sizes:
-        batch = policy.pack(examples[start : start + size])
-        found.append(batch.in_order(policy.score(batch, temperature)))
-        start += size
-    lengths = [int(example.mask.sum()) for example in examples]
-    return [x.numpy() for x in torch.cat(found).cpu().split(lengths)]
 
 
 # Several processes
