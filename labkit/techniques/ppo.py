@@ -2,19 +2,17 @@
 
     maximize  E[r(x, y)] - beta KL(pi || pi_ref)             over y sampled from pi at prompts x
 
-Each token is an action. Its reward is its share of the KL penalty, and the last token's also the
-score of the whole response (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022):
+Each token is an action; the last one's reward has the score of the response (Ziegler et al. 2019):
 
     r_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t = T] (score - penalty [no EOS])
     A_t = sum over l of (gamma lambda)^l delta_{t+l},    delta_t = r_t + gamma V_{t+1} - V_t
     L   = -mean min(rho A, clip(rho, 1 - c, 1 + c) A) + c_v · value loss,     rho = pi / pi_old
 
-The chapter's loop (5.5.4) has no values, advantages, masks or EOS, takes the old
-log-probabilities from generation, and gives the KL penalty to responses, not to tokens. Details
-as in Huang et al. 2024 ("The N+ implementation details"). What a step does depends on its number
-and the seed: a resumed run goes on as if it had never stopped, and several processes (torchrun,
-accelerate) learn what one would. Left out: an adaptive beta, the KL penalty in the loss, sharded
-weights, gradient checkpointing, soft prompts.
+The chapter's loop (5.5.4) has no values, advantages, masks or EOS, takes the old log-probabilities
+from generation, and gives the KL penalty to responses, not to tokens. Details as in Huang et al.
+2024 ("The N+ implementation details"). What a step does depends on its number and the seed: a
+resumed run goes on as if it had never stopped, and several processes (torchrun) learn what one
+would. Left out: an adaptive beta, sharded weights, gradient checkpointing, soft prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -109,10 +107,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def token_rewards(
     scores: Tensor, ended: Tensor, kl: Tensor, mask: Tensor, beta: float, penalty: float
 ) -> Tensor:
-    """-beta KL at each token; at the last one also the score, less `penalty` if not `ended`.
-
-    `scores` and `ended` (bool) are (B,), `kl` is (B, T); 0 where the mask is.
-    """
+    """-beta KL (B, T) at each token; at the last also the score (B,), less `penalty` if not `ended`."""
     rewards = (-beta * kl).masked_fill(~mask, 0.0)
     rewards[torch.arange(len(mask)), mask.sum(1) - 1] += scores - penalty * (~ended).float()
     return rewards
@@ -182,9 +177,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 def old_scores(sampled: Rollout, config: PPOConfig) -> dict[str, Tensor]:
     """What stays as it is during the passes over a rollout: all (B, T)."""
-    mask, values = sampled.mask, sampled.values
-    kl, penalty = k1(sampled.logp, sampled.ref_logp), config.missing_end_penalty
-    rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, config.beta, penalty)
+    mask, values, kl = sampled.mask, sampled.values, k1(sampled.logp, sampled.ref_logp)
+    weights = config.beta, config.missing_end_penalty
+    rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, *weights)
     advantages = gae(rewards, values, mask, config.gamma, config.lam)
     old = {"mask": mask, "logp": sampled.logp, "values": values}
     old["returns"] = (advantages + values).masked_fill(~mask, 0.0)
@@ -220,28 +215,31 @@ def update(
     """
     old, random = old_scores(sampled, config), np.random.default_rng((config.seed, SHUFFLING, step))
     weights = [p for p in policy.parameters() if p.requires_grad]
-    count, found = len(sampled.examples), []
+    count, size, found = len(sampled.examples), config.minibatch_size, []
     for epoch in range(config.epochs):
         order = random.permutation(count) if epoch else np.arange(count)
-        for rows in rollouts.minibatches(order, config.minibatch_size):
+        for rows in np.split(order, range(size, count, size)):
             stats = minibatch_losses(policy, sampled, rows, old, config)
             optimizer.zero_grad()
             stats["loss"].backward()
             norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
             optimizer.step()
             found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
-    metrics = rollouts.mean_over_ranks(found)
-    for value in (metrics["loss"], metrics["gradient_norm"]):  # a step with either spoils weights
-        check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
+    # Means over all minibatches and processes; one synchronization with the device.
+    table = torch.stack([torch.stack(list(stats.values())) for stats in found])
+    means = np.mean(gather_object([table.mean(0).tolist()]), axis=0)
+    metrics = dict(zip(found[0], means.tolist(), strict=True))
+    for name in ("loss", "gradient_norm"):  # a step with either not finite spoils weights
+        check_finite(metrics[name], step + 1, optimizer.param_groups[0]["lr"])
     explained = explained_variance(sampled.values, old["returns"], sampled.mask)
     return metrics | {"explained_variance": explained}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: an entry of `history` per step, `stopped`, why it ended early, if it did.
+    """An entry of `history` per step; `stopped`: why, if early; `notes`: warnings.
 
-    `notes` are warnings that were given; `seconds` count this call only, also after resuming.
+    `seconds` count this call only, also after resuming.
     """
 
     history: list[dict] = field(repr=False)
@@ -271,78 +269,72 @@ def train(
     `compute_rewards` raises, FloatingPointError for a loss; checkpoints in `output_dir` stay.
     """
     config, started = config or PPOConfig(), time.perf_counter()
-    main = PartialState(cpu=model.device.type == "cpu").is_main_process
+    state = PartialState(cpu=model.device.type == "cpu")
+    main, several = state.is_main_process, state.num_processes > 1
     rollouts.check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
     with models.unchanged(model), Line(progress and main) as line:
-        policy, wrapped, optimizer = _prepare(model, config)
+        model.to(state.device if several else model.device)
+        if model.device.type == "cpu":
+            models.use_float32_attention(model)
+        policy = PolicyWithValue(model, config.separate_critic, config.precision)
+        wrapped = nn.parallel.DistributedDataParallel(policy).eval() if several else policy
+        weights = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
         made = {name: value for name, value in asdict(config).items() if name not in FREE}
         made |= checkpoints.fingerprint(policy, [Example(*2 * [np.array(p.ids)]) for p in encoded])
-        run: dict[str, Any] = {"history": [], "notes": {}}
+        run: dict[str, Any] = {"history": [], "notes": []}
         if config.resume:
             run = checkpoints.load(config.resume, policy, optimizer, made)
         elif config.save_steps:
             checkpoints.check_unused(str(output_dir))
-        history, notes, stopped = run["history"], run["notes"], ""
+        history, stopped = run["history"], ""
 
-        def finish(sampled: Rollout, metrics: dict[str, float]) -> None:
+        def finish() -> None:
             if on_rollout and main:
                 on_rollout(sampled, metrics)
-            history.append({"step": len(history) + 1, **metrics})
-            done = len(history)
+            history.append({"step": step + 1, **metrics})
             if log and main:
-                log(metrics, done)
+                log(metrics, step + 1)
             now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
-            line.show(f"step {done}/{config.steps} · {now}")
-            due = config.save_steps and (done % config.save_steps == 0 or done == config.steps)
-            if due and main and not stopped:
-                checkpoints.save(str(output_dir), done, policy, optimizer, run, made)
+            line.show(f"step {step + 1}/{config.steps} · {now}")
+            every, last = config.save_steps, step + 1 == config.steps
+            if every and main and not stopped and (last or (step + 1) % every == 0):
+                checkpoints.save(str(output_dir), step + 1, policy, optimizer, run, made)
 
         while len(history) < config.steps and not stopped:
             step, draw = len(history), (config.seed, DRAWING)
             numbers = rollouts.batch_indices(len(encoded), config.batch_size, step, draw)
             chosen = [encoded[i] for i in numbers]
             sampled = rollout(policy, tokenizer, chosen, reward, config, step)
-            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, notes)
-            rollouts.on_all_ranks(partial(finish, sampled, metrics))
-    given = tuple(f"step {step}: {remark}" for remark, step in notes.items())
-    return Result(history, len(history), time.perf_counter() - started, stopped, given)
-
-
-def _prepare(model: Any, config: PPOConfig) -> tuple[PolicyWithValue, nn.Module, Any]:
-    """The policy, the policy as several processes train it, and its optimizer."""
-    several = PartialState().num_processes > 1
-    model.to(PartialState().device if several else model.device)
-    if model.device.type == "cpu":
-        models.use_float32_attention(model)
-    policy = PolicyWithValue(model, config.separate_critic, config.precision)
-    weights = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
-    wrapped = nn.parallel.DistributedDataParallel(policy).eval() if several else policy
-    return policy, wrapped, optimizer
+            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run["notes"])
+            rollouts.on_all_ranks(finish)
+    notes = tuple(run["notes"])
+    return Result(history, len(history), time.perf_counter() - started, stopped, notes)
 
 
 def _step(
-    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, notes: dict
+    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, notes: list
 ) -> tuple[dict[str, float], str]:
     """Metrics of the rollout and of the update, or why the run stops before the update."""
     started, rate = time.perf_counter(), config.learning_rate * (1 - step / config.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    metrics = sampled.metrics() | {"learning_rate": rate}
+    metrics, reason = sampled.metrics() | {"learning_rate": rate}, ""
     for name, estimator in (("kl", k3), ("kl_k1", k1)):
         kl = estimator(sampled.logp, sampled.ref_logp).masked_fill(~sampled.mask, 0.0)
         metrics[name] = float(kl.sum(1).mean())
     for name, value, remark in REMARKS:
-        if metrics[name] == value and remark not in notes:
-            notes[remark] = step + 1
-            logger.warning("step %d: %s", step + 1, remark)
+        if metrics[name] == value and not any(note.endswith(remark) for note in notes):
+            notes.append(f"step {step + 1}: {remark}")
+            logger.warning(notes[-1])
     if config.kl_limit and metrics["kl"] > config.kl_limit:
         reason = f"KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}: raise beta"
         logger.warning("step %d: stopped, %s", step + 1, reason)
-        return metrics, reason
-    metrics |= update(policy, sampled, config, optimizer, step)
-    return metrics | {"seconds_update": time.perf_counter() - started}, ""
+    else:
+        metrics |= update(policy, sampled, config, optimizer, step)
+        metrics["seconds_update"] = time.perf_counter() - started
+    return metrics, reason

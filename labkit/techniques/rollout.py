@@ -1,8 +1,7 @@
 """Rollouts: responses that a policy samples, their rewards, and the scores of their tokens.
 
-A policy is a language model with a reference and a value function; one pass gives
-log-probabilities and values, with logits at response positions only. Several processes each
-sample a shard and then all hold the whole, so what is computed from it is the same on all ranks.
+Several processes each sample a shard and then all hold the whole, so what `techniques.ppo`
+computes from it is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ from labkit.templates import Row
 log = logging.getLogger("labkit")
 
 SAMPLING = 0  # what random numbers are for; `ppo` has the others
-SCORES = ("logp", "ref_logp", "values", "entropy")
 
 Reward = Callable[..., Sequence[float]]  # of prompts, responses, and rows if it takes them
 
@@ -76,12 +75,11 @@ def compute_rewards(
 
 
 class PolicyWithValue(nn.Module):
-    """A policy, its reference, and a value function.
+    """A policy, its reference, and a value function; dropout is off in every pass.
 
     The value head reads the policy's last hidden state, or that of a critic of its own
     (`separate_critic`), and starts at 0. The reference is the policy with its adapters off, or a
-    frozen copy where it has none. Dropout is off in every pass. Raises ValueError for a model
-    with a soft prompt, or without trained weights.
+    frozen copy where it has none. ValueError for a soft prompt, or without trained weights.
     """
 
     def __init__(self, model: Any, separate_critic: bool = False, precision: str = "auto") -> None:
@@ -170,7 +168,8 @@ class Rollout:
             "length": float(self.mask.sum(1).float().mean()),
             "end_rate": float(self.ended.float().mean()),
             "empty_rate": sum(empty) / len(empty),
-        } | {f"seconds_{stage}": seconds for stage, seconds in self.seconds.items()}
+            **{f"seconds_{stage}": seconds for stage, seconds in self.seconds.items()},
+        }
 
 
 def rollout(
@@ -189,14 +188,15 @@ def rollout(
     """
     times, model, limit = [time.perf_counter()], policy.model, config.max_new_tokens
     encoded = encode_prompts(prompts, model, tokenizer, config.template, limit)
-    numbers = minibatches(np.arange(len(encoded)), config.minibatch_size)
-    shards = [local_shard(rows).tolist() for rows in numbers]
+    size, count = config.minibatch_size, len(encoded)
+    minibatches = np.split(np.arange(count), range(size, count, size))
+    shards = [local_shard(rows).tolist() for rows in minibatches]
     mine = [i for shard in shards for i in shard]
     own, ends = [encoded[i] for i in mine], eos_ids(model, tokenizer, config.template)
     # One stream for all prompts: which process samples a response does not matter.
     random = np.random.default_rng((config.seed, SAMPLING, step))
     options = {"temperature": config.temperature, "batch_size": config.sampling_batch}
-    options["uniforms"] = random.random((len(encoded), limit))[mine]
+    options["uniforms"] = random.random((count, limit))[mine]
     with policy.autocast():
         replies = sample(model, [p.ids for p in own], max_new_tokens=limit, ends=ends, **options)
     responses = texts(tokenizer, replies, ends)
@@ -204,24 +204,23 @@ def rollout(
     contents, rows = [prompt.content for prompt in own], [prompt.row for prompt in own]
     rewards = on_all_ranks(lambda: compute_rewards(reward, contents, responses, rows))
     times.append(time.perf_counter())
-    examples = []
+    examples, scored = [], []
     for prompt, reply in zip(own, replies, strict=True):
         learned = np.repeat([0, 1], [len(prompt.ids), len(reply)])
         examples.append(Example(np.array(prompt.ids + reply), learned))
-    waiting, scored = iter(examples), []
-    for shard in shards:
-        batch = policy.pack([next(waiting) for _ in shard])
+    for start, end in pairwise(np.cumsum([0, *map(len, shards)]).tolist()):
+        batch = policy.pack(examples[start:end])
         scored.append(batch.in_order(policy.score(batch, config.temperature)))
-    scores = torch.cat(scored).cpu().split([len(reply) for reply in replies])
+    lengths = [len(reply) for reply in replies]  # one synchronization with the device
+    scores = [score.numpy() for score in torch.cat(scored).cpu().split(lengths)]
     ended = [reply[-1] in ends for reply in replies]
-    arrays = [score.numpy() for score in scores]
-    local = list(zip(mine, responses, rewards, ended, examples, arrays, strict=True))
+    local = list(zip(mine, responses, rewards, ended, examples, scores, strict=True))
     whole = sorted(gather_object(local), key=lambda entry: entry[0])
-    _, responses, rewards, ended, examples, arrays = map(list, zip(*whole, strict=True))
+    _, responses, rewards, ended, examples, scores = map(list, zip(*whole, strict=True))
     times.append(time.perf_counter())
-    tensors = [torch.from_numpy(array) for array in arrays]
-    table = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-    lengths = torch.tensor([len(tensor) for tensor in tensors])
+    tensors = [torch.from_numpy(score) for score in scores]
+    columns = nn.utils.rnn.pad_sequence(tensors, batch_first=True).unbind(-1)
+    last = torch.tensor([len(tensor) for tensor in tensors])[:, None]
     return Rollout(
         prompts=[prompt.content for prompt in encoded],
         rows=[prompt.row for prompt in encoded],
@@ -229,9 +228,9 @@ def rollout(
         rewards=torch.tensor(rewards),
         ended=torch.tensor(ended),
         examples=examples,
-        mask=torch.arange(table.shape[1]) < lengths[:, None],
+        mask=torch.arange(columns[0].shape[1]) < last,
         seconds=dict(zip(("sample", "reward", "score"), np.diff(times).tolist(), strict=True)),
-        **dict(zip(SCORES, table.unbind(-1), strict=True)),
+        **dict(zip(("logp", "ref_logp", "values", "entropy"), columns, strict=True)),
     )
 
 
@@ -248,11 +247,6 @@ def check_processes(minibatch_size: int) -> None:
         raise ValueError(f"minibatch_size: expected {together} up, one for each process")
 
 
-def minibatches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """`order` in pieces of `size`."""
-    return (order[start : start + size] for start in range(0, len(order), size))
-
-
 def local_shard(rows: np.ndarray) -> np.ndarray:
     """Those of `rows` that are this process's."""
     state = PartialState()
@@ -262,15 +256,8 @@ def local_shard(rows: np.ndarray) -> np.ndarray:
 def batch_indices(count: int, size: int, step: int, seed: tuple[int, ...]) -> list[int]:
     """The `size` of `count` prompts that a step takes: all in a new order, time and again."""
     rounds, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
-    orders = {r: np.random.default_rng((*seed, r)).permutation(count) for r in set(rounds.tolist())}
-    return [int(orders[r][p]) for r, p in zip(rounds.tolist(), places, strict=True)]
-
-
-def mean_over_ranks(entries: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Of scalars with the same names, over all entries and processes; one synchronization."""
-    table = torch.stack([torch.stack(list(entry.values())) for entry in entries])
-    mean = np.mean(gather_object([table.mean(0).tolist()]), axis=0)
-    return dict(zip(entries[0], mean.tolist(), strict=True))
+    orders = {r: np.random.default_rng((*seed, r)).permutation(count) for r in np.unique(rounds)}
+    return [int(orders[r][p]) for r, p in zip(rounds, places, strict=True)]
 
 
 def on_all_ranks(call: Callable[[], Any]) -> Any:
