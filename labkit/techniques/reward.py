@@ -93,8 +93,8 @@ def pack_rankings(rankings: Sequence[list[Example]], packing: bool = True) -> Ra
         new = list(combinations([next(numbers) for _ in ranking], 2))
         pairs += new
         weights += [1 / len(new) / len(rankings)] * len(new)
-    own = torch.tensor(pairs), torch.tensor(weights), len(rankings)
-    return RankedBatch(*vars(batch).values(), *own)
+    tensors = {"pairs": torch.tensor(pairs), "pair_weights": torch.tensor(weights)}
+    return RankedBatch(**vars(batch), **tensors, rankings=len(rankings))
 
 
 class Scorer(nn.Module):
@@ -142,13 +142,13 @@ def with_head(model: Any, tokenizer: Any, seed: int = 0) -> Any:
         raise ValueError("model: expected no adapters; merge them first: model.merge_and_unload()")
     backbone, config = copy.deepcopy((model.base_model, model.config))  # they share the config
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    classifiers, network = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, None
-    if type(config) in classifiers:
+    try:
         with torch.device("meta"):  # a frame: its weights come from the model
-            network = classifiers[type(config)](config)
-    if not hasattr(network, "score") or type(network.base_model) is not type(backbone):
-        raise ValueError(f"model: transformers has no classifier that reads a {config.model_type}")
-    width = network.score.in_features
+            network = transformers.AutoModelForSequenceClassification.from_config(config)
+        width = network.score.in_features
+    except (ValueError, AttributeError) as error:  # names a hundred classes, or the head `score`
+        kind = config.model_type
+        raise ValueError(f"model: transformers has no reward head for a {kind}") from error
     head = nn.utils.skip_init(nn.Linear, width, 1, bias=False)  # draws nothing itself
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1), generator=generator)

@@ -206,8 +206,8 @@ def rollout(
     times.append(time.perf_counter())
     examples, scored = [], []
     for prompt, reply in zip(own, replies, strict=True):
-        learned = np.repeat([0, 1], [len(prompt.ids), len(reply)])
-        examples.append(Example(np.array(prompt.ids + reply), learned))
+        mask: np.ndarray = np.repeat([0, 1], [len(prompt.ids), len(reply)])
+        examples.append(Example(np.array(prompt.ids + reply), mask))
     for start, end in pairwise(np.cumsum([0, *map(len, shards)]).tolist()):
         batch = policy.pack(examples[start:end])
         scored.append(batch.in_order(policy.score(batch, config.temperature)))
@@ -229,7 +229,7 @@ def rollout(
         ended=torch.tensor(ended),
         examples=examples,
         mask=torch.arange(columns[0].shape[1]) < last,
-        seconds=dict(zip(("sample", "reward", "score"), np.diff(times).tolist(), strict=True)),
+        seconds=dict(zip(("sample", "reward", "score"), map(float, np.diff(times)), strict=True)),
         **dict(zip(("logp", "ref_logp", "values", "entropy"), columns, strict=True)),
     )
 
