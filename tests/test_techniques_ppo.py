@@ -76,9 +76,6 @@ def test_the_text_on_which_a_reward_fails_is_named(reward, error, named):
     assert error is ValueError or caught.value.__cause__ is not None
 
 
-# KL estimators
-
-
 def test_k1_and_k3_have_the_mean_of_the_exact_kl():
     draw = torch.Generator().manual_seed(0)
     p, q = (torch.randn(2, 12, generator=draw, dtype=torch.float64) / 2).log_softmax(-1)
@@ -280,9 +277,6 @@ def test_with_adapters_the_reference_is_the_model_without(tiny_model, tiny_token
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
 
 
-# The loop
-
-
 def test_it_learns_what_is_rewarded(tiny_model, tiny_tokenizer):
     """Rewarded is each letter e, which few random tokens have; rows reach reward and caller."""
     sizes = dict(steps=12, batch_size=32, minibatch_size=16, max_new_tokens=8)
@@ -386,19 +380,15 @@ def test_what_cannot_be_resumed(tiny_model, tiny_tokenizer, tmp_path):
     config, model = replace(SMALL, steps=2, save_steps=1), tiny_model()
     trained(model, tiny_tokenizer, config, output_dir=tmp_path)
     again = replace(config, resume=str(tmp_path))
-    for other, settings, named in (
-        (model, again, "frozen weights"),  # the reference has moved
-        (tiny_model(), replace(again, beta=0.5), "beta"),
-        (tiny_model("gpt2"), again, "weights"),
-        (tiny_model(), config, "output_dir"),
+    for other, settings, error, named in (
+        (model, again, ValueError, "frozen weights"),  # the reference has moved
+        (tiny_model(), replace(again, beta=0.5), ValueError, "beta"),
+        (tiny_model("gpt2"), again, ValueError, "weights"),
+        (tiny_model(), config, ValueError, "output_dir"),
+        (model, replace(config, resume="nowhere"), FileNotFoundError, "resume"),
     ):
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(error, match=named):
             trained(other, tiny_tokenizer, settings, output_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match="resume"):
-        trained(model, tiny_tokenizer, replace(config, resume="nowhere"), output_dir=tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="output_dir"):
-        trained(tiny_model(), tiny_tokenizer, config, output_dir=tmp_path / "file")
 
 
 # Faults
@@ -455,9 +445,8 @@ def test_what_cannot_work_is_refused_before_any_work(tiny_model, make_tokenizer,
 
 @pytest.mark.parametrize(
     "setting",
-    [dict(steps=0), dict(batch_size=2.5), dict(epochs=5), dict(minibatch_size=48), dict(beta=-0.1)]
-    + [dict(temperature=0), dict(lam=1.1), dict(kl_limit=NAN), dict(learning_rate=math.inf)]
-    + [dict(template="x"), dict(precision="fp8"), dict(seed=-1), dict(resume=None)],
+    [dict(steps=0), dict(epochs=5), dict(minibatch_size=48), dict(beta=-0.1), dict(lam=1.1)]
+    + [dict(temperature=0), dict(kl_limit=NAN), dict(template="x"), dict(precision="fp8")],
 )
 def test_settings_that_cannot_work(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

@@ -49,9 +49,6 @@ def pair(**changes):
     return {"prompt": "What is three plus four?", "chosen": "seven", "rejected": "honey"} | changes
 
 
-# The loss
-
-
 def test_worked_example():
     """Scores ln 3, 0 and -ln 3. The odds of the pairs are 3, 9 and 3, to 1.
 
@@ -132,9 +129,6 @@ def test_scores_are_read_in_float32_under_autocast(network):
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
-# The head
-
-
 def test_the_head_starts_normal(tiny_model, tiny_tokenizer):
     """64 weights of standard deviation 1/√65, for each of 50 seeds: 3,200 draws in all."""
     model = tiny_model()
@@ -180,9 +174,6 @@ def test_what_can_carry_no_head_is_refused(tiny_model, tiny_tokenizer, network):
     ):
         with pytest.raises(ValueError, match=named):
             reward.train(model, tiny_tokenizer, [pair()], progress=False)
-
-
-# Parity
 
 
 def test_parity_with_trl(network, tiny_tokenizer, arch, tmp_path):
@@ -308,9 +299,6 @@ def test_texts_that_are_equal_once_cut_teach_nothing(tiny_model, tiny_tokenizer,
         reward.evaluate(model, [same])
 
 
-# The model as a reward
-
-
 def test_rewards_come_in_order_whatever_the_batches(network, tiny_tokenizer):
     model = RewardModel(network(), tiny_tokenizer, mean=2.0, std=0.5)
     prompts = [f"{word}?" * (i % 4 + 1) for i, word in enumerate(WORDS)]
@@ -356,33 +344,25 @@ def test_normalized_on_reference_samples(network, tiny_tokenizer):
             model.normalized(["?"] * len(same), same)
 
 
-def test_saved_and_loaded(network, tiny_tokenizer, arch, tmp_path):
-    model = RewardModel(network(arch), tiny_tokenizer, "plain", 40, mean=0.25, std=2.0)
-    prompts = ["Otto?"] * len(WORDS)
-    model.save(tmp_path / "reward")
-    assert not list((tmp_path / "reward").glob("*.bin"))
-    again = RewardModel.load(tmp_path / "reward")
-    assert (again.template, again.max_length, again.mean, again.std) == ("plain", 40, 0.25, 2.0)
-    assert again(prompts, WORDS) == pytest.approx(model(prompts, WORDS), abs=1e-6)
-    model.save(tmp_path / "reward")  # replaces it
-
-
-def test_what_is_no_reward_model_is_refused(network, tiny_tokenizer, tiny_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder"):
-        RewardModel.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="folder"):
-        RewardModel.load(tiny_folder())
+def test_saved_and_loaded(network, tiny_tokenizer, tiny_folder, arch, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = RewardModel(network(), tiny_tokenizer).save(tmp_path / "reward")
+    model = RewardModel(network(arch), tiny_tokenizer, "plain", 40, mean=0.25, std=2.0)
+    prompts, folder = ["Otto?"] * len(WORDS), tmp_path / "reward"
+    model.save(folder)
+    again = RewardModel.load(folder)
+    assert (again.template, again.max_length, again.mean, again.std) == ("plain", 40, 0.25, 2.0)
+    assert again(prompts, WORDS) == pytest.approx(model(prompts, WORDS), abs=1e-6)
+    model.save(folder)  # replaces it
     weights = load_file(folder / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="score.weight"):
         RewardModel.load(folder)
-
-
-# Evaluation
+    with pytest.raises(FileNotFoundError, match="folder"):
+        RewardModel.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="folder"):
+        RewardModel.load(tiny_folder())
 
 
 def test_accuracy_margin_and_loss():

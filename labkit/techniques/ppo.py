@@ -56,10 +56,9 @@ REMARKS = (  # on a metric that has this value
 class PPOConfig:
     """Settings of a run; the defaults suit a small model on a CPU.
 
-    `batch_size` counts the prompts of a step in all processes; the learning rate falls to 0.
-    `beta` weighs the KL penalty; beyond `kl_limit` (nats per response) the run stops.
-    `sampling_batch` responses are sampled at once. A checkpoint is written every `save_steps`
-    steps (0: never); `resume` names their folder, or one above it.
+    `batch_size` counts prompts in all processes, `sampling_batch` those sampled at once. `beta`
+    weighs the KL penalty; beyond `kl_limit` (nats per response) the run stops. Checkpoints come
+    every `save_steps` steps (0: never); `resume` names their folder, or one above it.
     """
 
     steps: Count = 50
@@ -210,8 +209,7 @@ def update(
 ) -> dict[str, float]:
     """Passes over the rollout in minibatches, shuffled anew each time; gives means over them.
 
-    `policy` is a PolicyWithValue, or DistributedDataParallel around one. Raises
-    FloatingPointError for a loss that is not finite.
+    `policy` may be wrapped by DDP. FloatingPointError for a loss that is not finite.
     """
     old, random = old_scores(sampled, config), np.random.default_rng((config.seed, SHUFFLING, step))
     weights = [p for p in policy.parameters() if p.requires_grad]
@@ -237,10 +235,7 @@ def update(
 
 @dataclass(frozen=True)
 class Result:
-    """An entry of `history` per step; `stopped`: why, if early; `notes`: warnings.
-
-    `seconds` count this call only, also after resuming.
-    """
+    """`stopped` says why, if early; `notes` are warnings, `seconds` those of this call only."""
 
     history: list[dict] = field(repr=False)
     steps: int

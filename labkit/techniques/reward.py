@@ -57,11 +57,11 @@ class RewardConfig(training.TrainConfig):
 def loss(
     scores: Tensor, pairs: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum of weight · log sigma(r_better - r_worse) over pairs, in nats, and metrics.
+    """-sum of weight · log sigma(r_better - r_worse) over pairs, in nats; and metrics.
 
-    `scores` (N,); `pairs` (P, 2): where in `scores` the better and the worse response stand;
-    `weights` (P,), which add up to 1 (default: a mean). Metrics, weighted alike: `accuracy`, the
-    fraction of pairs whose better response scores higher; `margin`, the mean of r_better - r_worse.
+    `pairs` (P, 2) are the places of a better and a worse response in `scores` (N,); `weights`
+    (P,) add up to 1 (default: a mean). Metrics, weighted alike: `accuracy`, the fraction of pairs
+    whose better response scores higher; `margin`, the mean of r_better - r_worse.
     """
     better, worse = pairs.unbind(1)
     margins = (scores[better] - scores[worse]).float()
@@ -201,10 +201,10 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A trained network with all that it takes to score texts: `model(prompts, responses)`.
+    """A network with all that it takes to score texts: `model(prompts, responses)`.
 
-    A reward is (score - mean) / std; see `normalized`. `prompts` are what the `prompt` column of
-    rows holds, text or messages, before any template, which adds a response's EOS, too.
+    A reward is (score - mean) / std; see `normalized`. Prompts are text or messages, without the
+    template, which adds a response's EOS, too.
     """
 
     network: Any
@@ -266,10 +266,7 @@ class RewardModel:
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
     def normalized(self, prompts: Sequence[Any], responses: Sequence[str]) -> RewardModel:
-        """The same model, with mean 0 and (population) standard deviation 1 on these samples.
-
-        Take samples of the model that a policy starts from.
-        """
+        """The same model, with mean 0 and deviation 1 on samples of what a policy starts from."""
         scores = np.array(self.scores(prompts, responses))
         if len(scores) < 2 or scores.std() <= 1e-6:
             raise ValueError(f"responses: expected samples that differ in score, got {scores[:5]}")
@@ -291,7 +288,7 @@ class RewardModel:
             network, info = read(folder, use_safetensors=True, output_loading_info=True)
         saved, missing = getattr(network.config, "reward", None), sorted(info["missing_keys"])
         if missing or not saved:
-            raise ValueError(f"folder: RewardModel.save did not write {folder}: {missing} missing")
+            raise ValueError(f"folder: not of RewardModel.save: {folder}; missing {missing}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return cls(network.to(device).eval(), tokenizer, **saved)
 

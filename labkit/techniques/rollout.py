@@ -40,8 +40,8 @@ def compute_rewards(
 ) -> list[float]:
     """A finite number for each response: `reward(prompts, responses)`, and `rows` if it takes them.
 
-    Raises RuntimeError if the reward raises (its error is the cause), ValueError if it gives
-    another count or a number that is not finite; both name a prompt and its response.
+    Raises RuntimeError from what the reward raises, ValueError for another count and for numbers
+    that are not finite; both name a prompt and its response.
     """
     takes_rows, count = "rows" in inspect.signature(reward).parameters, len(responses)
 
@@ -51,21 +51,18 @@ def compute_rewards(
         given = given.tolist() if hasattr(given, "tolist") else given
         return np.array([x.item() if hasattr(x, "item") else x for x in given], dtype=float)
 
-    def fails(i: int) -> bool:
-        try:
-            call(slice(i, i + 1))
-        except Exception:
-            return True
-        return False
-
     def where(i: int) -> str:
         return f"prompt {prompts[i]!r}, response {responses[i]!r}"
 
     try:
         values = call(slice(None))
     except Exception as error:
-        place = where(next(filter(fails, range(count)), 0))
-        raise RuntimeError(f"reward: {type(error).__name__}: {error}; {place}") from error
+        first = 0  # whose reward fails on its own, if there is one
+        with contextlib.suppress(Exception):
+            for first in range(count):
+                call(slice(first, first + 1))
+            first = 0
+        raise RuntimeError(f"reward: {type(error).__name__}: {error}; {where(first)}") from error
     if values.shape != (count,):
         got = f"an array of shape {values.shape}; the first: {where(0)}"
         raise ValueError(f"reward: expected {count} numbers, got {got}")
@@ -138,11 +135,10 @@ class PolicyWithValue(nn.Module):
 
 @dataclass(frozen=True)
 class Rollout:
-    """B prompts with a response each, the same on all ranks.
+    """B prompts with a response each, the same on all ranks; `seconds` are this process's.
 
-    `rewards` is what the reward gave and `ended` whether there is an EOS, (B,). `mask` (1 =
-    response token, its EOS too), `logp`, `ref_logp`, `values` and `entropy` are (B, T), on the
-    CPU. `examples` hold prompt and response. `seconds` are this process's.
+    `rewards` and `ended`, whether there is an EOS, are (B,). `mask` (1 = response token, its EOS
+    too), `logp`, `ref_logp`, `values` and `entropy` are (B, T). All are on the CPU.
     """
 
     prompts: list[Any]
@@ -183,8 +179,7 @@ def rollout(
     """A response to each prompt, its reward, and its tokens' scores; `config` is a `PPOConfig`.
 
     Log-probabilities come from a pass of their own, over the minibatches that `ppo.update` begins
-    with, so that its first ratio is exactly 1. Raises what `encode_prompts` and `compute_rewards`
-    raise, on all ranks.
+    with, so that its first ratio is exactly 1. Errors: `encode_prompts`, `compute_rewards`.
     """
     times, model, limit = [time.perf_counter()], policy.model, config.max_new_tokens
     encoded = encode_prompts(prompts, model, tokenizer, config.template, limit)
