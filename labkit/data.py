@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,15 +71,6 @@ def load(
     if path := _local(data):
         return _sample(_file_part(convert(_read(path), data), split), limit, seed)
     return _load_hub(data, split, limit, seed, revision)
-
-
-def check(data: str) -> None:
-    """Raises what `load` would of a name, and of a file's place, kind and first row.
-
-    Takes milliseconds; but JSON that is not JSON lines has to be read whole.
-    """
-    if path := _local(str(data)):
-        convert(islice(_read(path), 1), str(data))
 
 
 def _local(data: str) -> Path | None:

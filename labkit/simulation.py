@@ -181,7 +181,7 @@ def _loss(model: nn.Module, batch: Any, s: Setting) -> Tensor:
         logp, values, _ = model(batch, 1.0)
         names = ("logp", "ref_logp", "values", "advantages", "returns")
         old = dict.fromkeys(names, torch.zeros_like(logp)) | {"mask": logp < 0}
-        return ppo.losses(logp, values, old, 0.1, ppo.PPOConfig())["loss"]
+        return ppo.losses(logp, values, old, ppo.PPOConfig())["loss"]
     with torch.autocast("cpu", torch.bfloat16, enabled=s.precision != "fp32"):
         return (reward.ranking_loss if s.technique == "reward" else training.sft_loss)(
             model, batch

@@ -35,7 +35,7 @@ from labkit.batching import Batch, Example, pack
 from labkit.config import Count, settings
 from labkit.evaluation import Agreement
 from labkit.formats import Row, where
-from labkit.templates import Rendered, renderer, response
+from labkit.templates import Rendered, renderer, response, tokenize
 
 logger = logging.getLogger("labkit")
 
@@ -227,8 +227,7 @@ class RewardModel:
     def _encode(self, rendered: Sequence[Rendered]) -> list[Example]:
         """Prompt and response tokenized apart, as when a policy samples; EOS is never cut off."""
         texts, limit = [text for both in rendered for text in both], self.max_length
-        options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-        encoded = self.tokenizer(texts, **options)["input_ids"] if texts else []
+        encoded = tokenize(texts, self.tokenizer)
         examples, cut = [], 0
         for prompt, reply in zip(encoded[::2], encoded[1::2], strict=True):
             ids = prompt + reply
