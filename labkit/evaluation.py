@@ -13,12 +13,13 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import models
-from .batching import Example, pack
+from .batching import Batch, Example, pack
 from .templates import Row, prompt_text, renderer, response
 
 Check = Callable[[Row, str], bool]
@@ -167,20 +168,16 @@ def perplexity_by(
 
 def held_out_loss(model: Any, examples: Sequence[Example], batch_size: int = 32) -> float:
     """Mean loss per response token, in nats, over encoded examples (`data.encode`)."""
-    import torch
-
-    from .logprobs import evaluating, response_logps
+    from .logprobs import response_logps
+    from .training import mean_loss
 
     if not any(example.mask[1:].any() for example in examples):
         raise ValueError("examples: expected response tokens to score, got none")
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    with evaluating(model), torch.no_grad():
-        for start in range(0, len(ordered), batch_size):
-            batch = pack(ordered[start : start + batch_size], packing=False).to(device)
-            total -= response_logps(model, batch).double().sum().item()
-            count += len(batch.targets)
-    return total / count
+
+    def nll(network: Any, batch: Batch) -> tuple[Any, dict]:
+        return -response_logps(network, batch).double().mean(), {}
+
+    return mean_loss(model, examples, nll, partial(pack, packing=False), batch_size)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

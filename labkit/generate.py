@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from labkit import models, templates
 from labkit.logprobs import evaluating, has_soft_prompt
+from labkit.models import eos_ids
 from labkit.templates import Row
 
 log = logging.getLogger("labkit")
@@ -136,14 +137,6 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
         inputs, cache = {"inputs_embeds": cache.to(base.dtype)}, DynamicCache(config=base.config)
         base(**inputs, past_key_values=cache, use_cache=True)
     return base, cache, settings.num_virtual_tokens
-
-
-def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
-    """The tokens that end a response: the template's, the tokenizer's, the model's own."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return templates.eos_ids(tokenizer, template) | {
-        *([own] if isinstance(own, int) else own or ())
-    }
 
 
 def texts(tokenizer: Any, responses: Sequence[Sequence[int]], ends: set[int]) -> list[str]:

@@ -108,10 +108,26 @@ def test_saving_replaces_a_model_but_no_other_files(tiny_model, tiny_tokenizer, 
         models.save(tiny_model(), tiny_tokenizer, folder)
     assert (folder / "notes.md").read_text() == "mine"
     assert "shards" not in capfd.readouterr().err
-    model = tiny_model()
-    model.register_buffer("packed", torch.zeros(4, dtype=torch.uint8))  # a base in four bits
-    with pytest.raises(ValueError, match="model"):
-        models.save(model, tiny_tokenizer, tmp_path / "four")
+    four_bits, broken = tiny_model(), tiny_model()
+    four_bits.register_buffer("packed", torch.zeros(4, dtype=torch.uint8))
+    broken.lm_head.weight.data[3] = torch.inf
+    for model, reason in ((four_bits, "four bits"), (broken, "finite")):
+        with pytest.raises(ValueError, match=f"model: .*{reason}"):
+            models.save(model, tiny_tokenizer, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("answered", ["{{ m['content'] + '<|system|>' }}", "{{ no(1) }}"])
+def test_a_saved_model_stops_where_its_template_ends(
+    tiny_model, tiny_tokenizer, tmp_path, answered
+):
+    """As Qwen2.5 and Phi-3: the template ends in one token, the tokenizer's EOS is another."""
+    tiny_tokenizer.chat_template = "{% for m in messages %}" + answered + "{% endfor %}"
+    model, ends = tiny_model(), [1, 2] if "system" in answered else [1]
+    folder = models.save(model, tiny_tokenizer, tmp_path / "m")
+    assert models.load(str(folder))[0].generation_config.eos_token_id == ends
+    assert models.eos_ids(model, tiny_tokenizer) == {*ends}
+    assert model.generation_config.eos_token_id == 1
 
 
 def test_a_failed_save_leaves_the_earlier_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):

@@ -29,14 +29,14 @@ def copies(count, seed=0, longest=8):
     return found
 
 
-def sft(model, examples, *, progress=False, **settings):
+def sft(model, examples, *, progress=False, loss=sft_loss, **settings):
     given = {
         k: settings.pop(k)
         for k in ("eval_examples", "output_dir", "log", "extra_loss")
         if k in settings
     }
     config = TrainConfig(**(QUICK | settings))
-    return fit(model, examples, sft_loss, config, progress=progress, **given)
+    return fit(model, examples, loss, config, progress=progress, **given)
 
 
 def reference(model, examples):
@@ -64,33 +64,27 @@ def assert_same(model, loss, expected):
         torch.testing.assert_close(ours[name], grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def with_lora(model):
+def with_lora(model, **options):
     from peft import LoraConfig, get_peft_model
 
+    options = dict(r=4, target_modules="all-linear", init_lora_weights=False) | options
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        return get_peft_model(model, config).eval()
+        return get_peft_model(model, LoraConfig(**options)).eval()
 
 
-def tiny_moe(coefficient=0.5):
-    from transformers import AutoModelForCausalLM, MixtralConfig
+def tiny_moe(coefficient=0.5, kind="Mixtral", **options):
+    import transformers as tf
 
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=448,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        pad_token_id=0,
-        max_position_embeddings=256,
-        router_aux_loss_coef=coefficient,
-        sliding_window=None,
+    shape = dict(vocab_size=448, hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    shape |= dict(
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
     )
-    return AutoModelForCausalLM.from_config(config).eval()
+    shape |= dict(pad_token_id=0, max_position_embeddings=256, sliding_window=None)
+    shape |= dict(router_aux_loss_coef=coefficient, aux_loss_coef=coefficient) | options
+    config = getattr(tf, f"{kind}Config")(**shape)
+    return tf.AutoModelForCausalLM.from_config(config).eval()
 
 
 # The loss
@@ -166,9 +160,10 @@ def test_loss_with_a_soft_prompt(tiny_model):
         assert not keeps_apart(model)
 
 
-def test_a_mixture_of_experts_adds_its_routers_loss_as_transformers_does():
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "GraniteMoe", "JetMoe"])
+def test_a_mixture_of_experts_adds_its_routers_loss_as_transformers_does(kind):
     """Ragged examples: padding is no token that a router balances."""
-    model, examples = tiny_moe(), copies(5)
+    model, examples = tiny_moe(kind=kind), copies(5)
     width = max(len(ids) for ids, _ in examples)
     ids, mask, attention = (torch.zeros(5, width, dtype=torch.long) for _ in range(3))
     for i, one in enumerate(examples):
@@ -243,12 +238,14 @@ def test_the_order_holds_each_example_once_and_follows_seed_and_epoch():
 
 
 def test_models_that_mix_packed_examples_are_found_out(tiny_model, arch):
-    """Also where every example is long, and in bfloat16: the probe brings its own."""
+    """Also where every example is long, in bfloat16, and among experts, who share products."""
     from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OPTConfig
 
     assert keeps_apart(tiny_model(arch)) and keeps_apart(tiny_model(arch).bfloat16())
     if arch != "llama":
         return
+    wide = tiny_moe(hidden_size=256)
+    assert keeps_apart(wide) and keeps_apart(wide.bfloat16())
     small = dict(vocab_size=448, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     opt = dict(ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=512)
     for config in (
@@ -355,24 +352,32 @@ def test_resume_reaches_what_the_uninterrupted_run_reaches(tiny_model, tmp_path,
         ({"batch_size": 4}, "batch_size"),
         ({"seed": 3}, "seed"),
         ({"examples": copies(40, seed=9)}, "examples"),
+        ({"loss": lambda model, batch: sft_loss(model, batch)}, "loss"),
         ({"model": 7}, "frozen weights"),
+        ({"lora": {"lora_alpha": 16}}, "lora_alpha"),
+        ({"lora": {"lora_dropout": 0.5}}, "lora_dropout"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "trained weights"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(tiny_model, tmp_path, change, named):
-    settings = dict(epochs=1, save_steps=2)
+    change, settings = dict(change), dict(epochs=1, save_steps=2)
     sft(with_lora(tiny_model()), copies(40), output_dir=tmp_path, **settings)
     examples = change.pop("examples", copies(40))
-    model = with_lora(tiny_model(seed=change.pop("model", 0)))
-    with pytest.raises(ValueError, match=named):
+    model = with_lora(tiny_model(seed=change.pop("model", 0)), **change.pop("lora", {}))
+    with pytest.raises(ValueError, match=f"made with {named}"):
         sft(model, examples, resume=str(tmp_path), output_dir=tmp_path / "x", **settings | change)
     with pytest.raises(ValueError, match="output_dir"):
         sft(model, examples, output_dir=tmp_path, **settings)
 
 
 def test_resuming_without_a_complete_checkpoint_is_refused(tiny_model, tmp_path):
-    (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(FileNotFoundError, match="resume"):
-        sft(tiny_model(), copies(8), resume=str(tmp_path))
+    settings = dict(output_dir=tmp_path, max_steps=2, save_steps=2)
+    sft(tiny_model(), copies(8), **settings)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    for folder, lacking in ((tmp_path, "optimizer"), (tmp_path / "none", "resume")):
+        with pytest.raises(FileNotFoundError, match=lacking):
+            sft(tiny_model(), copies(8), resume=str(folder), **settings)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_model, tmp_path):
