@@ -75,9 +75,7 @@ def load(
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     except Exception as error:
         kind, reason = OSError if isinstance(error, OSError) else ValueError, str(error).split()
-        raise kind(
-            f"model: {model!r} cannot be loaded (safetensors): {' '.join(reason)}"
-        ) from error
+        raise kind(f"model: {model!r} cannot be loaded: {' '.join(reason)}") from error
     if getattr(network, "loss_type", "") is None:  # GPT-2's class name says nothing of its loss
         network.loss_type = "ForCausalLM"
     check_tokenizer(tokenizer, pad_token)
@@ -172,8 +170,9 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     folder, adapter = Path(folder).expanduser().absolute(), hasattr(model, "get_base_model")
     if not adapter and _made_of(model)["weights"] == "4-bit":
         raise ValueError("model: four bits cannot be saved; save an adapter, or use qlora.merge")
-    if wrong := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        raise ValueError(f"model: expected finite weights, got inf or NaN in {wrong[0]}")
+    for name, p in model.named_parameters():
+        if p.itemsize > 1 and not p.isfinite().all():
+            raise ValueError(f"model: expected finite weights, got inf or NaN in {name}")
     for path in folder.iterdir() if folder.exists() else ():
         if not SAVED.fullmatch(path.name) and not (path / "adapter_config.json").is_file():
             raise FileExistsError(f"folder: {folder} holds {path.name}, which would be lost")
@@ -258,7 +257,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
 
 
 def base_model(model: Any) -> Any:
-    """The model of transformers under PEFT's wrapper and that of distributed training."""
+    """The model of transformers under wrappers of PEFT and of distributed training."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

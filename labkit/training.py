@@ -13,6 +13,7 @@ off the device once an entry. What a technique changes in the model, it changes 
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from transformers import TrainingArguments as Arguments
 from transformers.training_args import OptimizerNames
 
 from labkit import checkpoints, logprobs, models
-from labkit.batching import Batch, Example, Shuffled, flat, pack
+from labkit.batching import Batch, Shuffled, flat, pack
 from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
 from labkit.progress import History, Line, check_finite
 from labkit.record import peak_memory
@@ -230,9 +231,8 @@ class _Trainer(Trainer):
 
 def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    half = config.precision == "bf16"
-    if config.precision == "auto":
-        half = models.autocast_dtype(model) is torch.bfloat16
+    wanted = {"auto": models.autocast_dtype(model), "bf16": torch.bfloat16, "fp32": None}
+    half = wanted[config.precision] is not None
     if half and on_cpu:
         models.use_float32_attention(model)
     constant = config.schedule == "constant"
@@ -262,37 +262,31 @@ def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
 
 def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folder: Any) -> bool:
     """Raises ValueError for what cannot work; returns whether examples are packed."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
     if folder is None and config.save_steps:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
     if config.gradient_checkpointing and logprobs.has_soft_prompt(model):
         raise ValueError("gradient_checkpointing: expected False with a prefix, got True")
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
-    context = models.context_length(model)
+    context = models.context_length(model) or sys.maxsize
     vocabulary = models.base_model(model).get_input_embeddings().num_embeddings
     for number, item in enumerate(examples, start=1):
-        for example in flat([item]):
-            if problem := _problem(example, context, vocabulary):
-                raise ValueError(f"example {number}: {problem}")
+        for ids, mask in flat([item]):
+            if len(ids) != len(mask) or not mask[1:].any():
+                problem = f"a mask of its {len(ids)} ids, with a token to learn, got {mask}"
+            elif len(ids) > context:
+                problem = f"at most {context} tokens, the model's context, got {len(ids)}"
+            elif ids.max() >= vocabulary:
+                problem = f"ids below {vocabulary}, the model's vocabulary, got {ids.max()}"
+            else:
+                continue
+            raise ValueError(f"example {number}: expected {problem}")
     models.warn_of_half_precision(model)
+    on_cpu = next(model.parameters()).device.type == "cpu"
     apart = (on_cpu or config.packing is True) and logprobs.keeps_apart(model)
     if config.packing is True and not apart:
         raise ValueError("packing: this model lets packed examples see each other; leave it off")
-    return apart if config.packing == "auto" else bool(config.packing)
-
-
-def _problem(example: Example, context: int | None, vocabulary: int) -> str:
-    ids, mask = example
-    if len(ids) != len(mask):
-        return f"expected as many mask entries as its {len(ids)} ids, got {len(mask)}"
-    if not mask[1:].any():
-        return "expected a response token to learn, got none"
-    if context and len(ids) > context:
-        return f"expected at most {context} tokens, the model's context, got {len(ids)}"
-    if ids.max() >= vocabulary:
-        return f"expected ids below {vocabulary}, the model's vocabulary, got {ids.max()}"
-    return ""
+    return apart if config.packing == "auto" else config.packing
 
 
 def _resumed(
