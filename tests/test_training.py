@@ -10,7 +10,6 @@ import torch
 
 from labkit.batching import Example, Shuffled, pack
 from labkit.logprobs import keeps_apart, response_logps
-from labkit.models import use_float32_attention
 from labkit.training import TrainConfig, fit, mean_loss, sft_loss
 
 QUICK = dict(precision="fp32", batch_size=8, learning_rate=3e-3)
@@ -30,12 +29,8 @@ def copies(count, seed=0, longest=8):
 
 
 def sft(model, examples, *, progress=False, loss=sft_loss, **settings):
-    given = {
-        k: settings.pop(k)
-        for k in ("eval_examples", "output_dir", "log", "extra_loss")
-        if k in settings
-    }
-    config = TrainConfig(**(QUICK | settings))
+    given = {k: v for k, v in settings.items() if k not in TrainConfig.__dataclass_fields__}
+    config = TrainConfig(**(QUICK | {k: v for k, v in settings.items() if k not in given}))
     return fit(model, examples, loss, config, progress=progress, **given)
 
 
@@ -108,14 +103,10 @@ def test_loss_and_gradients_are_trls(arch, lora, tiny_model, tiny_tokenizer, tmp
     examples = copies(6)
     loss, _ = sft_loss(model, pack(examples))
     ours = gradients(model, loss)
-    args = SFTConfig(
-        str(tmp_path), use_cpu=True, bf16=False, report_to="none", completion_only_loss=True
-    )
-    columns = {
-        "input_ids": [e.ids for e in examples],
-        "completion_mask": [e.mask for e in examples],
-    }
-    dataset = Dataset.from_dict(columns)
+    options = dict(use_cpu=True, bf16=False, report_to="none", completion_only_loss=True)
+    args = SFTConfig(str(tmp_path), **options)
+    ids, masks = zip(*examples, strict=True)
+    dataset = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
     trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tiny_tokenizer)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     theirs = trainer.compute_loss(model, batch)
@@ -128,19 +119,9 @@ def test_loss_of_a_sliding_window_and_of_capped_logits():
     """What the model does after its head (Gemma 2) or to its attention (Mistral) is kept."""
     from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
-    shape = dict(
-        vocab_size=448,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        head_dim=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        sliding_window=4,
-        max_position_embeddings=64,
-    )
+    shape = dict(vocab_size=448, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    shape |= dict(head_dim=16, num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
+    shape |= dict(initializer_range=0.3, pad_token_id=0, max_position_embeddings=64)
     for config in (Gemma2Config(final_logit_softcapping=2.0, **shape), MistralConfig(**shape)):
         model, examples = AutoModelForCausalLM.from_config(config).eval(), copies(6)
         for packing in (False, True):
@@ -187,17 +168,6 @@ def test_a_trained_mixture_of_experts_can_generate_and_its_balance_counts():
         assert not model.config.output_router_logits
         model.generate(torch.tensor([[3, 5, 7]]), max_new_tokens=3)
     assert (weights[0] - weights[1]).abs().max() > 1e-3
-
-
-def test_attention_in_float32_is_the_librarys(arch, tiny_model):
-    model, batch = tiny_model(arch), pack(copies(6))
-    expected, _ = sft_loss(model, batch)
-    grads = gradients(model, expected)
-    use_float32_attention(model)
-    loss, _ = sft_loss(model, batch)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, grad in gradients(model, loss).items():
-        torch.testing.assert_close(grad, grads[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 # Batches
@@ -259,9 +229,8 @@ def test_models_that_mix_packed_examples_are_found_out(tiny_model, arch):
         sft(model.float(), copies(4), packing=True)
     long = [example(np.random.default_rng(i).integers(5, 400, 150), 20) for i in range(4)]
     result = sft(model.float(), long, max_steps=1, batch_size=4, warmup_ratio=0.5)
-    assert result.loss == pytest.approx(
-        mean_loss(model, long, sft_loss), rel=1e-3
-    )  # step 1: rate 0
+    # The first step has a learning rate of 0.
+    assert result.loss == pytest.approx(mean_loss(model, long, sft_loss), rel=1e-3)
 
 
 # A run
@@ -292,15 +261,9 @@ def test_accumulated_steps_equal_large_batches(tiny_model):
     for count in (16, 14):
         found = []
         for batch_size, accumulation in ((count, 1), (4, 4)):
-            model = tiny_model()
-            result = sft(
-                model,
-                copies(count),
-                warmup_ratio=0.0,
-                epochs=2,
-                batch_size=batch_size,
-                gradient_accumulation=accumulation,
-            )
+            model, options = tiny_model(), dict(warmup_ratio=0.0, epochs=2, batch_size=batch_size)
+            options["gradient_accumulation"] = accumulation
+            result = sft(model, copies(count), **options)
             found.append((result.loss, model.lm_head.weight.detach()))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
         torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-3)
@@ -449,9 +412,10 @@ def test_compiled_training_equals_plain_training(tiny_model, monkeypatch):
         captured.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **kw: plain(self, backend=backend, **kw)
-    )
+    def compile(module, **options):
+        plain(module, backend=backend, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
     for compiled in (False, True):
         model = tiny_model()
         losses.append(sft(model, copies(64), max_steps=4, compile=compiled).loss)
@@ -460,15 +424,9 @@ def test_compiled_training_equals_plain_training(tiny_model, monkeypatch):
 
 
 def test_log_gets_each_entry(tiny_model, capsys):
-    logged = []
-    result = sft(
-        tiny_model(),
-        copies(16),
-        max_steps=3,
-        eval_examples=copies(8, seed=1),
-        log=lambda metrics, step: logged.append((step, metrics)),
-        progress=True,
-    )
+    logged, options = [], dict(max_steps=3, eval_examples=copies(8, seed=1), progress=True)
+    options["log"] = lambda metrics, step: logged.append((step, metrics))
+    result = sft(tiny_model(), copies(16), **options)
     assert [step for step, _ in logged] == [1, 2, 3, 3]
     assert logged[0][1].keys() == {"loss", "tokens_per_second", "learning_rate"}
     assert logged[-1][1] == {"eval_loss": result.eval_loss}
@@ -481,24 +439,14 @@ def test_mean_loss_does_not_depend_on_batches(tiny_model):
     assert found == pytest.approx([reference(model.eval(), examples).item()] * 3, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"learning_rate": 0.0},
-        {"epochs": 0.0},
-        {"batch_size": 0},
-        {"max_steps": 0},
-        {"seed": True},
-        {"warmup_ratio": 1.5},
-        {"schedule": "cosin"},
-        {"compile": "yes"},
-        {"optimizer": "sdg"},
-    ],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_a_setting_that_cannot_work_is_named(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        TrainConfig(**setting)
+SETTINGS = dict(learning_rate=0.0, epochs=0.0, batch_size=0, max_steps=0, seed=True)
+SETTINGS |= dict(warmup_ratio=1.5, schedule="cosin", compile="yes", optimizer="sdg")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_cannot_work_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**{name: SETTINGS[name]})
 
 
 @pytest.mark.parametrize(
