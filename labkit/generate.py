@@ -123,7 +123,6 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
     PEFT would put a soft prompt or prefix in front at every call; here it is read once.
     """
     base: Any = models.base_model(model)
-    settings: Any = getattr(model, "active_peft_config", None)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         return model, None, 0
     if not has_soft_prompt(model):
@@ -132,7 +131,7 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
     if isinstance(cache, Tensor):
         inputs, cache = {"inputs_embeds": cache.to(base.dtype)}, DynamicCache(config=base.config)
         base(**inputs, past_key_values=cache, use_cache=True)
-    return base, cache, settings.num_virtual_tokens
+    return base, cache, model.active_peft_config.num_virtual_tokens
 
 
 def texts(tokenizer: Any, responses: Sequence[Sequence[int]], ends: set[int]) -> list[str]:

@@ -48,16 +48,15 @@ class TrainConfig:
     """Settings of a training run; the defaults suit a small model on a CPU.
 
     `batch_size` counts examples per step and device, `warmup_ratio` is a share of all steps,
-    `max_steps` = -1 leaves the length to `epochs`. `precision`: "auto" (bfloat16 autocast where
-    it pays), "bf16" or "fp32". `packing` lets short examples of a batch share a sequence: True,
-    False, or "auto", on a CPU where the model keeps them apart. A checkpoint is written every
-    `save_steps` steps (0: never); `resume` names the folder of an earlier run's checkpoints, or
-    one above it, and training goes on from the last complete one.
+    `max_steps` = -1 leaves the length to `epochs`. `precision` "auto" is bfloat16 autocast where
+    it pays. With `packing`, short examples of a batch share a sequence; "auto": on a CPU where the
+    model keeps them apart. A checkpoint is written every `save_steps` steps (0: never); `resume`
+    names a folder with checkpoints in or below it, and the newest complete one is gone on from.
     """
 
     learning_rate: Positive = 1e-3
     epochs: Positive = 1.0
-    max_steps: int = -1
+    max_steps: Literal[-1] | Count = -1
     batch_size: Count = 32
     gradient_accumulation: Count = 1
     warmup_ratio: Share = 0.1
@@ -72,10 +71,6 @@ class TrainConfig:
     packing: bool | Literal["auto"] = "auto"
     save_steps: Natural = 0
     resume: str = ""
-
-    def __post_init__(self) -> None:
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"max_steps: expected -1 or at least 1, got {self.max_steps}")
 
 
 @dataclass(frozen=True)
@@ -307,7 +302,6 @@ def _resumed(
         checkpoints.check_unused(output_dir)
         return made, None
     folder = checkpoints.newest(config.resume, made)
-    for name in CHECKPOINT:
-        if not [*folder.glob(name)]:
-            raise FileNotFoundError(f"resume: {folder} lacks {name}, and so cannot be gone on from")
+    if missing := [name for name in CHECKPOINT if not [*folder.glob(name)]]:
+        raise FileNotFoundError(f"resume: {folder} lacks {', '.join(missing)}")
     return made, str(folder)
