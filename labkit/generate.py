@@ -160,19 +160,13 @@ def generate(
     ids, capacity = _tokens(tokenizer, prompts), _capacity(model, max_new_tokens)
     if cut := sum(len(prompt) > capacity for prompt in ids):
         log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    options |= {"batch_size": batch_size, "seed": seed}
-    return _sample_texts(model, tokenizer, [prompt[-capacity:] for prompt in ids], **options)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    ids, options["batch_size"] = [prompt[-capacity:] for prompt in ids], batch_size
+    return _sample_texts(model, tokenizer, ids, "auto", seed, options)
 
 
 def _sample_texts(
-    model: Any,
-    tokenizer: Any,
-    ids: list[list[int]],
-    *,
-    seed: Any,
-    template: str = "auto",
-    **options: Any,
+    model: Any, tokenizer: Any, ids: list, template: str, seed: Any, options: dict[str, Any]
 ) -> list[str]:
     ends = eos_ids(model, tokenizer, template)
     uniforms = np.random.default_rng(seed).random((len(ids), options["max_new_tokens"]))
@@ -255,5 +249,5 @@ def responses(
     encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens)
     ids = [prompt.ids for prompt in encoded for _ in range(each)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    found = _sample_texts(model, tokenizer, ids, template=template, seed=seed, **options)
+    found = _sample_texts(model, tokenizer, ids, template, seed, options)
     return [found[i : i + each] for i in range(0, len(found), each)]

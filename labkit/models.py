@@ -153,7 +153,7 @@ def meta_model(config: Any) -> Any:
     """A model without memory for its weights, from a configuration, a dict, a folder or a file."""
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
-        config = json.loads((path if path.suffix == ".json" else path / "config.json").read_text())
+        config = json.loads((path if path.is_file() else path / "config.json").read_text())
     if isinstance(config, dict):
         config = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
