@@ -75,7 +75,7 @@ def test_merging_changes_nothing_but_the_weights(tiny_model, arch):
 def test_an_adapter_that_is_not_finite_is_not_merged(tiny_model):
     model = randomize(lora.inject(tiny_model(), LoraConfig()))
     model.model.layers[1].mlp.down_proj.B.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="layers.1.mlp.down_proj.B"):
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj"):
         lora.merge(model)
     origin = dict(tiny_model().named_parameters())
     kept = {n.replace(".base", ""): p for n, p in model.named_parameters() if "base" in n}

@@ -9,6 +9,7 @@ read; `attach` is the same by PEFT. Left out: quantized weights (`qlora`), embed
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -97,9 +98,9 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
     """The layers that `targets` mean, by full name, of which a target is an ending, as in PEFT."""
     if hasattr(model, "peft_config") or _wrapped(model):
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
+    linear = _adaptable(model)
     if targets == ALL:
-        return models.linear_layers(model)
-    linear = models.linear_layers(model, head=True)
+        return {name: linear[name] for name in models.linear_layers(model) if name in linear}
     embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     chosen: set[str] = set()
     for target in targets.split(",") if isinstance(targets, str) else targets:
@@ -112,33 +113,50 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
     return {name: layer for name, layer in linear.items() if name in chosen}
 
 
-def _wrapped(model: nn.Module) -> list[LoRALinear]:
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers, but for those whose weight a state-space model reads past their `forward`, and
+    those for which PEFT would take a mixture's experts (3-D parameters that had their names once).
+    """
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    linear = models.linear_layers(model, head=True)
+    for name in list(linear):
+        path, _, own = name.rpartition(".")
+        parent = model.get_submodule(path)
+        if hasattr(parent, "A_log") and f"self.{own}.weight" in inspect.getsource(type(parent)):
+            del linear[name]
+    config = peft.LoraConfig(target_modules=list(linear))
+    convert_peft_config_for_transformers(config, model, None)
+    return {name: layer for name, layer in linear.items() if name in config.target_modules}
 
 
-def merge(model: nn.Module) -> nn.Module:
+def _wrapped(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module, sign: int = 1) -> nn.Module:
     """Adds each update to its weight, W = W0 + scale · B A, so inference costs nothing more.
 
-    Raises ValueError, with nothing merged, for inf or NaN in an adapter: it could not be undone.
+    Raises ValueError, with nothing merged, for a sum of inf or NaN: it could not be undone.
     """
-    if wrong := [name for name, t in lora_state(model).items() if not t.isfinite().all()]:
-        raise ValueError(f"model: expected finite adapters, got inf or NaN in {wrong}")
-    return _set_merged(model, True)
+    layers = {n: layer for n, layer in _wrapped(model).items() if layer.merged != (sign == 1)}
+    for write in (False, True):
+        for name, layer in layers.items():
+            weight = layer.base.get_parameter("weight")  # a quantized layer has none
+            total = torch.add(weight, layer.delta().to(weight.dtype), alpha=sign)
+            if write:
+                weight.copy_(total)
+                layer.merged = sign == 1
+            elif not total.isfinite().all():
+                raise ValueError(f"model: expected finite weights and adapters, not so in {name}")
+    return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Takes the updates out again; W0 comes back up to rounding."""
-    return _set_merged(model, False)
-
-
-@torch.no_grad()
-def _set_merged(model: nn.Module, merged: bool) -> nn.Module:
-    for layer in _wrapped(model):
-        if layer.merged != merged:
-            weight = layer.base.get_parameter("weight")  # a quantized layer has none
-            weight.add_(layer.delta().to(weight.dtype), alpha=1 if merged else -1)
-            layer.merged = merged
-    return model
+    return merge(model, sign=-1)
 
 
 def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,7 +167,7 @@ def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copies an adapter into `model`. Raises ValueError unless names and shapes all fit."""
-    if any(layer.merged for layer in _wrapped(model)):
+    if any(layer.merged for layer in _wrapped(model).values()):
         raise ValueError("model: expected separate updates, got merged ones; call unmerge first")
     expected, got = ({n: t.shape for n, t in s.items()} for s in (lora_state(model), state))
     if wrong := expected.items() ^ got.items():

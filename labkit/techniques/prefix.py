@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from labkit import models
 from labkit.config import Count, Natural, settings
+from labkit.logprobs import evaluating
 
 
 @settings
@@ -47,8 +48,12 @@ class Shape(NamedTuple):
 def kv_shape(config: Any) -> Shape:
     """The shape for a model's configuration; key heads may be fewer than query heads."""
     config = config.get_text_config()
-    queries = config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", 0)
+    if not queries:
+        raise ValueError(f"model: expected attention, got a {config.model_type}; no prefix for it")
     heads = getattr(config, "num_key_value_heads", None) or queries
+    if getattr(config, "multi_query", False):  # Falcon's later kind caches all heads again
+        heads = queries if getattr(config, "new_decoder_architecture", False) else 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
     return Shape(config.num_hidden_layers, heads, head_dim)
 
@@ -125,8 +130,9 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
     """`model` as a PEFT model with a prefix; nothing else trains.
 
     `text`, ids (length,), is the text to start from if there is no MLP, see `text_rows`. Raises
-    ValueError for a model with adapters and for gradient checkpointing, also later. A training
-    with an MLP cannot be resumed: its checkpoints keep the rows only.
+    ValueError for a model with adapters, or with layers whose cache differs from `kv_shape`, and
+    for gradient checkpointing, also later. A training with an MLP cannot be resumed: its
+    checkpoints keep the rows only.
     """
     import peft
 
@@ -134,8 +140,13 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
     if model.is_activation_checkpointing:
         _refuse_checkpointing()
+    shape = kv_shape(model.config)
+    _check_cache(model, shape)
     peft_config = peft.PrefixTuningConfig(
         num_virtual_tokens=config.length,
+        num_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        token_dim=shape.heads * shape.head_dim,
         prefix_projection=config.hidden > 0,
         encoder_hidden_size=config.hidden or None,
         task_type="CAUSAL_LM",
@@ -145,6 +156,26 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
     if text is not None:
         tuned.prompt_encoder["default"].load_prompt_embeddings(text_rows(model, text))
     return _guard(tuned)
+
+
+@torch.no_grad()
+def _check_cache(model: Any, shape: Shape) -> None:
+    """Tries what a model caches of one token: state-space layers, say, have no keys to add to."""
+    if model.device.type == "meta":
+        return
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with evaluating(model):
+        output = model(input_ids=ids, use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    found = [
+        getattr(getattr(layer, name, None), "shape", ())
+        for layer in layers
+        for name in ("keys", "values")
+    ]
+    expected = (1, shape.heads, 1, shape.head_dim)
+    if len(layers) != shape.layers or {*found} != {expected}:
+        got = f"got {len(layers)} of {sorted({*map(tuple, found)})}"
+        raise ValueError(f"model: expected {shape.layers} layers with a cache of {expected}, {got}")
 
 
 def _guard(tuned: Any) -> Any:
@@ -161,4 +192,9 @@ def _refuse_checkpointing(*args: Any, **kwargs: Any) -> None:
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
     """`models.load_adapter` for a prefix; only keys and values were saved, so it has no MLP."""
-    return _guard(models.load_adapter(model, folder))
+    tuned = _guard(models.load_adapter(model, folder))
+    made = tuned.active_peft_config
+    if hasattr(made, "prefix_projection"):
+        heads = made.num_attention_heads
+        _check_cache(tuned.get_base_model(), Shape(made.num_layers, heads, made.token_dim // heads))
+    return tuned

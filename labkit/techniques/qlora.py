@@ -5,13 +5,14 @@
 The full weights are gone: Ŵ is made wherever it is used, forward and again backward, and thrown
 away. `Linear4` and `inject` are the method to read (the codes: `quantization`); `attach` is the
 same by bitsandbytes and PEFT, and guards against what goes wrong there. Left out: kernels that
-multiply without dequantizing, 8 bits, and saving the base, which quantizes to the same codes.
+multiply without dequantizing, 8 bits, experts that are 3-D parameters, and saving the base.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,7 +85,7 @@ def inject(model: nn.Module, config: QloraConfig) -> nn.Module:
 
 
 def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -> Any:
-    """All linear layers of `model` but the head in bitsandbytes' four bits, in place.
+    """The layers of `lora.find_targets` in bitsandbytes' four bits, in place; the rest is logged.
 
     Each weight is quantized on its way to `device` (by default its own), which so never holds the
     full model; the computation is in the type that the weights had. A model in four bits already
@@ -101,11 +102,11 @@ def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -
         on_cpu = torch.device(device or layer.weight.device).type == "cpu"
         if on_cpu and width % config.block_size:  # bitsandbytes 0.50 gives wrong weights there
             raise ValueError(f"block_size: expected a divisor of {width}, the width of {name!r}")
-    if experts := [name for name, p in model.named_parameters() if p.ndim > 2]:
-        log.warning("quantize_model: no linear layer, so in full precision: %s", experts)
-    while linear and not present:  # popped, so that the full weights are freed one by one
-        _, layer = linear.popitem()
-        lora.replace(model, {layer: _linear4bit(layer, options, device or layer.weight.device)})
+    if not present:
+        _log_coverage(model, linear)
+        while linear:  # popped, so that the full weights are freed one by one
+            _, layer = linear.popitem()
+            lora.replace(model, {layer: _linear4bit(layer, options, device or layer.weight.device)})
     for name, layer in _four_bit(model).items():
         # On AVX512-BF16, bitsandbytes 0.50 would pack the weights anew in an evaluation: that
         # rounds the scales, and gives wrong gradients from then on.
@@ -115,6 +116,18 @@ def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -
         if packed or found != options:
             raise ValueError(f"model: {name}: expected {options}, got {found}, packed: {packed}")
     return model if device is None else model.to(device)
+
+
+def _log_coverage(model: Any, linear: dict[str, Any]) -> None:
+    """A warning if other matrices than embeddings and head stay in full precision."""
+    covered = {id(layer.weight) for layer in linear.values()}
+    ends = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    usual = {id(m.weight) for m in (*ends, model.get_output_embeddings())}
+    left = {name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in covered}
+    share = sum(layer.weight.numel() for layer in linear.values()) / model.num_parameters()
+    names = sorted({re.sub(r"\d+", "*", name) for name in left})
+    level = logging.INFO if usual.issuperset(map(id, left.values())) else logging.WARNING
+    log.log(level, "qlora: %.1f %% of the weights in four bits, not so %s", 100 * share, names)
 
 
 def _linear4bit(layer: nn.Module, options: dict[str, Any], device: Any) -> nn.Module:
@@ -180,8 +193,7 @@ def dequantize_model(model: Any) -> Any:
         for mark in ("is_quantized", "quantization_method", "quantization_config", "hf_quantizer"):
             vars(holder).pop(mark, None)
     ours = [module for module in model.modules() if isinstance(module, Linear4)]
-    found = [*ours, *_four_bit(model).values()]
-    return lora.replace(model, {layer: _plain(layer) for layer in found})
+    return lora.replace(model, {m: _plain(m) for m in (*ours, *_four_bit(model).values())})
 
 
 def _plain(layer: Any) -> nn.Module:
