@@ -2,9 +2,8 @@
 
     h = W0 x + (alpha / r) B A x        W0 (d, k) frozen, B (d, r) and A (r, k) trained
 
-B starts at zero, so a model starts as itself; r (d + k) numbers train instead of d·k; and B A can
-be added to W0, which leaves no trace at inference. `LoRALinear` and `inject` are the method to
-read; `attach` is the same by PEFT. Left out: quantized weights (`qlora`), embeddings, variants.
+B starts at zero, so a model starts as itself; B A can be added to W0, and then costs nothing.
+`LoRALinear` and `inject` are the method to read; `attach` is the same by PEFT.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ ALL = "all-linear"
 
 @settings
 class LoraConfig:
-    """`rank` r of the update, `alpha` of its scale alpha / r, `dropout` before A.
-
-    `targets`: "all-linear" (all but the output head), or such as ("q_proj",) or "q_proj,v_proj".
-    """
+    """`targets`: "all-linear" (but the output head), or such as ("q_proj",) or "q_proj,v_proj"."""
 
     rank: Count = 8
     alpha: Positive = 16.0
@@ -39,10 +35,10 @@ class LoraConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base` and its trainable update: h = W0 x + b + scale · B A x.
+    """A frozen linear layer `base` and its update, (…, in) to (…, out): h = W0 x + b + scale · B A x.
 
-    Maps (…, in) to (…, out); `A` is (r, in), `B` (out, r). They are float32 where W0 has half
-    precision, whose steps of 1/128 would swallow small updates.
+    `A` is (r, in), `B` (out, r), float32 also where W0 is half precision, whose steps of 1/128
+    would swallow small updates.
     """
 
     def __init__(self, base: nn.Module, config: LoraConfig) -> None:
@@ -114,8 +110,10 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
 
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers, but for those whose weight a state-space model reads past their `forward`, and
-    those for which PEFT would take a mixture's experts (3-D parameters that had their names once).
+    """Linear layers that can have an update.
+
+    A state-space model reads some weights itself. For layers named as a mixture's experts once
+    were, which are 3-D parameters now, PEFT would take the experts.
     """
     import peft
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -176,13 +174,10 @@ def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
 
 
 def attach(model: Any, config: LoraConfig) -> Any:
-    """`model` as a PEFT model with the same adapters as `inject`; only they train.
-
-    PEFT gets the layers by name: its own "all-linear" takes other ones in mixtures of experts.
-    """
-    found = find_targets(model, config.targets)
+    """`model` as a PEFT model with the same adapters as `inject`; only they train."""
     import peft
 
+    found = find_targets(model, config.targets)
     peft_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -4,11 +4,10 @@ In every layer and head, P_K and P_V come before the keys and values of the text
 
     h = softmax(q [P_K; K]ᵀ / √d) [P_V; V]        P_K and P_V (length, d) trained, all else frozen
 
-They enter through the KV cache, as if `length` tokens had been read before: no weight changes,
-and text starts at position `length`. With the reparametrization, an MLP makes the prefix from a
-smaller table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward`
-are the method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
-encoder-decoders. Under a sliding window a long text leaves the prefix behind.
+They enter through the KV cache, as if `length` tokens had been read before. An MLP can make them
+from a smaller table while they train, and is thrown away afterwards. `Prefix`, `keys_values` and
+`forward` are the method to read; `attach` is the same by PEFT. Left out: layers whose keys and
+values differ in shape. Under a sliding window a long text leaves the prefix behind.
 """
 
 from __future__ import annotations
@@ -106,10 +105,7 @@ def forward(model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, **inputs:
 
 @torch.no_grad()
 def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it.
-
-    The paper found this start better than a random one for few examples.
-    """
+    """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it."""
     past = model(input_ids=ids[None], use_cache=True).past_key_values
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1)
@@ -130,9 +126,8 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
     """`model` as a PEFT model with a prefix; nothing else trains.
 
     `text`, ids (length,), is the text to start from if there is no MLP, see `text_rows`. Raises
-    ValueError for a model with adapters, or with layers whose cache differs from `kv_shape`, and
-    for gradient checkpointing, also later. A training with an MLP cannot be resumed: its
-    checkpoints keep the rows only.
+    ValueError for a model with adapters or a cache other than `kv_shape`, and for gradient
+    checkpointing, also later. With an MLP training cannot be resumed: checkpoints keep rows only.
     """
     import peft
 
@@ -160,22 +155,19 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
 
 @torch.no_grad()
 def _check_cache(model: Any, shape: Shape) -> None:
-    """Tries what a model caches of one token: state-space layers, say, have no keys to add to."""
+    """Refuses models that keep something else of a token than `shape`, as state-space layers do."""
     if model.device.type == "meta":
         return
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with evaluating(model):
         output = model(input_ids=ids, use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-    found = [
-        getattr(getattr(layer, name, None), "shape", ())
-        for layer in layers
-        for name in ("keys", "values")
-    ]
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    found = {() if tensor is None else tuple(tensor.shape) for tensor in held}
     expected = (1, shape.heads, 1, shape.head_dim)
-    if len(layers) != shape.layers or {*found} != {expected}:
-        got = f"got {len(layers)} of {sorted({*map(tuple, found)})}"
-        raise ValueError(f"model: expected {shape.layers} layers with a cache of {expected}, {got}")
+    if len(layers) != shape.layers or found != {expected}:
+        layout = f"keys and values of {expected} in {shape.layers} layers"
+        raise ValueError(f"model: a prefix needs {layout}, got {found or ()} in {len(layers)}")
 
 
 def _guard(tuned: Any) -> Any:
@@ -193,8 +185,7 @@ def _refuse_checkpointing(*args: Any, **kwargs: Any) -> None:
 def load_adapter(model: Any, folder: str | Path) -> Any:
     """`models.load_adapter` for a prefix; only keys and values were saved, so it has no MLP."""
     tuned = _guard(models.load_adapter(model, folder))
-    made = tuned.active_peft_config
-    if hasattr(made, "prefix_projection"):
-        heads = made.num_attention_heads
-        _check_cache(tuned.get_base_model(), Shape(made.num_layers, heads, made.token_dim // heads))
+    made: Any = tuned.active_peft_config
+    heads = made.num_attention_heads
+    _check_cache(tuned.get_base_model(), Shape(made.num_layers, heads, made.token_dim // heads))
     return tuned
