@@ -26,6 +26,8 @@ KINDS = {
     "falcon": dict(multi_query=True, new_decoder_architecture=False, alibi=False),
     "gpt_oss": dict(head_dim=16, **GROUPED, **EXPERTS),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, **GROUPED),
+    "llama4_text": dict(head_dim=16, intermediate_size_mlp=128, moe_layers=[1], **GROUPED)
+    | dict(num_local_experts=4, num_experts_per_tok=1),
     "mamba": dict(state_size=8),
     "mixtral": GROUPED | EXPERTS,
     "mpt": dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=256),
@@ -132,5 +134,5 @@ def test_an_adapter_of_another_kind_is_refused(tiny_tokenizer, tmp_path):
         with pytest.raises(ValueError, match="another base"):
             TECHNIQUES[technique][1](make("bloom"), folder)
     TECHNIQUES["prefix"][0](make("qwen3")).save_pretrained(tmp_path / "peft")
-    with pytest.raises(ValueError, match="keys and values"):
+    with pytest.raises(ValueError, match="prefix does not fit"):
         prefix.load_adapter(make("bloom"), tmp_path / "peft")

@@ -110,10 +110,9 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
 
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers that can have an update.
-
-    A state-space model reads some weights itself. For layers named as a mixture's experts once
-    were, which are 3-D parameters now, PEFT would take the experts.
+    """Linear layers that can have an update: a state-space model reads some weights itself, some
+    routers give more than a product, and PEFT would exchange layers named as a mixture's experts
+    once were for these, 3-D parameters now.
     """
     import peft
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -121,8 +120,9 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     linear = models.linear_layers(model, head=True)
     for name in list(linear):
         path, _, own = name.rpartition(".")
-        parent = model.get_submodule(path)
-        if hasattr(parent, "A_log") and f"self.{own}.weight" in inspect.getsource(type(parent)):
+        parent, kind = model.get_submodule(path), type(linear[name])
+        read = hasattr(parent, "A_log") and f"self.{own}.weight" in inspect.getsource(type(parent))
+        if read or ("forward" in vars(kind) and "modeling" in kind.__module__):
             del linear[name]
     config = peft.LoraConfig(target_modules=list(linear))
     convert_peft_config_for_transformers(config, model, None)

@@ -155,19 +155,20 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
 
 @torch.no_grad()
 def _check_cache(model: Any, shape: Shape) -> None:
-    """Refuses models that keep something else of a token than `shape`, as state-space layers do."""
+    """Refuses a model that cannot go on from such a cache, tried: state-space layers have another."""
     if model.device.type == "meta":
         return
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with evaluating(model):
-        output = model(input_ids=ids, use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    found = {() if tensor is None else tuple(tensor.shape) for tensor in held}
-    expected = (1, shape.heads, 1, shape.head_dim)
-    if len(layers) != shape.layers or found != {expected}:
-        layout = f"keys and values of {expected} in {shape.layers} layers"
-        raise ValueError(f"model: a prefix needs {layout}, got {found or ()} in {len(layers)}")
+    reason: object = "it adds nothing to keys and values"
+    rows = torch.zeros(1, shape.numbers, dtype=model.dtype, device=model.device)
+    ids, past = rows[:, :1].long(), cache(rows, shape, 1)
+    try:
+        with evaluating(model):
+            model(input_ids=ids, past_key_values=past, use_cache=True)
+        if past.get_seq_length() == 2:
+            return
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = error
+    raise ValueError(f"model: a prefix does not fit a {type(model).__name__}: {reason}")
 
 
 def _guard(tuned: Any) -> Any:
