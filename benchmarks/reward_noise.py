@@ -27,8 +27,7 @@ def measure(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
     train = rankings(point["rows"], noise=point["noise"], seed=point["seed"])
     clean = rankings(point["rows"], noise=0.0, seed=point["seed"])
-    names = ("pairs", "learning_rate", "epochs", "batch_size", "seed")
-    config = reward.RewardConfig(**{name: point[name] for name in names})
+    config = common.config(reward.RewardConfig, point)
     learned, result = reward.train(model, tokenizer, train, config, progress=False)
     found = common.results(result) | {"flipped": flipped(train, clean)}
     test = rankings(point["test_rows"], noise=0.0, seed=0, split="test")

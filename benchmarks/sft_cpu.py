@@ -45,6 +45,7 @@ from trl import SFTConfig, SFTTrainer
 
 from labkit import record
 from labkit.batching import Batch, Example, Shuffled, pack
+from labkit.evaluation import held_out_loss
 from labkit.models import cpu_has_bf16
 from labkit.training import TrainConfig, fit, sft_loss
 
@@ -206,16 +207,9 @@ def bare_batches(examples: list[Example]) -> list[Batch]:
     return [pack([examples[i] for i in group], packing=False) for group in groups]
 
 
-@torch.no_grad()
-def held_out(model, rows: datasets.Dataset) -> float:
-    """Mean loss a response token, by the model's own loss, one row at a time."""
-    total, count = 0.0, 0
-    for row in rows:
-        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["completion_mask"]])
-        n = int(mask[:, 1:].sum())
-        total += float(model(ids, labels=ids.masked_fill(mask == 0, -100)).loss) * n
-        count += n
-    return total / count
+def encoded(rows: datasets.Dataset) -> list[Example]:
+    columns = zip(rows["input_ids"], rows["completion_mask"], strict=True)
+    return [Example(np.array(ids), np.array(mask)) for ids, mask in columns]
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -223,9 +217,7 @@ def run(options: argparse.Namespace) -> dict:
     vocab_size = first.config.vocab_size
     tokenizer = build_tokenizer(vocab_size)
     rows = build_rows(options.steps * BATCH, vocab_size, seed=1)
-    unseen = build_rows(200, vocab_size, seed=2)
-    columns = zip(rows["input_ids"], rows["completion_mask"], strict=True)
-    examples = [Example(np.array(ids), np.array(mask)) for ids, mask in columns]
+    examples, unseen = encoded(rows), encoded(build_rows(200, vocab_size, seed=2))
     batches = bare_batches(examples)
     eager = {"gradient_checkpointing": False, "bf16": cpu_has_bf16()}
     tuned = eager | {"train_sampling_strategy": "group_by_length"}
@@ -262,7 +254,7 @@ def run(options: argparse.Namespace) -> dict:
     for name, model in model_of.items():
         plain = copy.deepcopy(first)
         plain.load_state_dict(model.state_dict())
-        result["held_out"][name] = held_out(plain, unseen)
+        result["held_out"][name] = held_out_loss(plain, unseen)
     return result
 
 
