@@ -17,8 +17,6 @@ value share a backbone; `--separate` gives it a critic of its own, as TRL's has.
 Needs a quiet machine: `python benchmarks/ppo_cpu.py --json out.json`, about 15 minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -75,8 +73,7 @@ def run_labkit(job: dict[str, Any]) -> dict[str, Any]:
     from labkit.techniques import ppo
 
     def reward(prompts, responses, rows):
-        answers = (row["completion"] for row in rows)
-        return [similarity(a, r) for a, r in zip(answers, responses, strict=True)]
+        return [similarity(row["completion"], r) for row, r in zip(rows, responses, strict=True)]
 
     model, tokenizer = models.load(job["model"])
     sizes = {"batch_size": job["batch"], "minibatch_size": job["minibatch"], "steps": job["steps"]}
@@ -104,8 +101,8 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     value = classifier.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
     torch.nn.init.zeros_(value.score.weight)
     ids = [tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in job["rows"]]
-    answers = [row["completion"] for row in job["rows"]]
-    reward = text_reward(tokenizer, dict(zip(map(tuple, ids), answers, strict=True)))
+    answers = {tuple(x): row["completion"] for x, row in zip(ids, job["rows"], strict=True)}
+    reward = text_reward(tokenizer, answers)
     settings = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     settings |= {"num_sample_generations": 0, "seed": job["seed"], "learning_rate": job["rate"]}
     # Without accumulation there is an optimizer step per minibatch; with it, one per epoch.

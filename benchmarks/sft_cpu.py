@@ -21,8 +21,6 @@ it, so their time per token flatters them; `stock` and labkit take examples at r
 machine: `python benchmarks/sft_cpu.py --json out.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -139,13 +137,8 @@ class SameOrder(SFTTrainer):
 
 def trl_run(model, tokenizer, rows, kind=SFTTrainer, **flags):
     settings = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    settings |= {
-        "seed": 0,
-        "num_train_epochs": 1,
-        "logging_steps": 10,
-        "completion_only_loss": True,
-    }
-    settings |= {"learning_rate": LEARNING_RATE, "weight_decay": 0.01, "warmup_steps": 0.1}
+    settings |= {"seed": 0, "num_train_epochs": 1, "logging_steps": 10, "weight_decay": 0.01}
+    settings |= {"learning_rate": LEARNING_RATE, "warmup_steps": 0.1, "completion_only_loss": True}
     settings |= {"lr_scheduler_type": "cosine", "per_device_train_batch_size": BATCH} | flags
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(output_dir=folder, **settings)
@@ -162,8 +155,7 @@ def trl_run(model, tokenizer, rows, kind=SFTTrainer, **flags):
 def labkit_run(model, examples, **settings):
     config = TrainConfig(learning_rate=LEARNING_RATE, batch_size=BATCH, **settings)
     history = fit(model, examples, sft_loss, config, progress=False).history
-    ends = [entry["seconds"] for entry in history]
-    spans = np.diff(ends)[WARM - 1 :]
+    spans = np.diff([entry["seconds"] for entry in history])[WARM - 1 :]
     tokens = sum(e["tokens_per_second"] * s for e, s in zip(history[WARM:], spans, strict=True))
     return spans.sum() / tokens * 1e6, curve([entry["loss"] for entry in history])
 
@@ -208,8 +200,7 @@ def bare_batches(examples: list[Example]) -> list[Batch]:
 
 
 def encoded(rows: datasets.Dataset) -> list[Example]:
-    columns = zip(rows["input_ids"], rows["completion_mask"], strict=True)
-    return [Example(np.array(ids), np.array(mask)) for ids, mask in columns]
+    return [Example(np.array(r["input_ids"]), np.array(r["completion_mask"])) for r in rows]
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -252,18 +243,9 @@ def run(options: argparse.Namespace) -> dict:
     ordered = trl_run(model_of["same_order"], tokenizer, rows, SameOrder, bf16=cpu_has_bf16())
     result["curves"]["same_order"] = ordered[1]
     for name, model in model_of.items():
-        plain = copy.deepcopy(first)
-        plain.load_state_dict(model.state_dict())
-        result["held_out"][name] = held_out_loss(plain, unseen)
+        first.load_state_dict(model.state_dict())
+        result["held_out"][name] = held_out_loss(first, unseen)
     return result
-
-
-def difference(result: dict) -> float:
-    """Largest relative difference of labkit and TRL on the same rows in the same order."""
-    ours, theirs = result["curves"]["labkit"], result["curves"]["same_order"]
-    pairs = [(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
-    pairs.append((result["held_out"]["labkit"], result["held_out"]["same_order"]))
-    return max(abs(a - b) / b for a, b in pairs)
 
 
 def summarize(result: dict) -> dict:
@@ -271,7 +253,11 @@ def summarize(result: dict) -> dict:
         above, below = (result["times"].get(each) for each in name.split("_over_"))
         if above and below:
             result[name] = statistics.median(a / b for a, b in zip(above, below, strict=True))
-    result["largest_difference"] = difference(result)
+    # Of labkit and TRL on the same rows in the same order, relative.
+    curves, held_out = result["curves"], result["held_out"]
+    pairs = [(held_out["labkit"], held_out["same_order"])]
+    pairs += zip(dict(curves["labkit"]).values(), dict(curves["same_order"]).values(), strict=True)
+    result["largest_difference"] = max(abs(a - b) / b for a, b in pairs)
     result["equal_loss"] = result["largest_difference"] < 0.01
     result |= {"versions": record.versions(), "hardware": record.hardware()}
     result["hardware"]["capability"] = torch.backends.cpu.get_cpu_capability()
@@ -279,9 +265,7 @@ def summarize(result: dict) -> dict:
 
 
 def show(result: dict) -> None:
-    print(
-        f"\n{'condition':16} µs/token (median)   first round in all   held-out loss   loss by step"
-    )
+    print(f"\n{'condition':16} µs/token (median)   first round in all   held-out loss   loss curve")
     for name, means in result["curves"].items():
         times, seconds = (result[key].get(name, [float("nan")]) for key in ("times", "seconds"))
         losses = " ".join(f"{step}:{loss:.2f}" for step, loss in means)
@@ -295,7 +279,7 @@ def show(result: dict) -> None:
     print(f"loss of labkit and of TRL in the same order {verdict}: {worst:.2%} apart at most")
 
 
-def main() -> None:
+if __name__ == "__main__":
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -303,7 +287,3 @@ def main() -> None:
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()
