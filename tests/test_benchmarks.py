@@ -75,4 +75,6 @@ def test_a_repetition_is_compared_with_what_is_recorded(sweep, tmp_path, capsys)
 
 
 def test_every_recorded_result_has_the_script_that_made_it():
-    assert all((BENCHMARKS / f"{f.stem}.py").is_file() for f in BENCHMARKS.glob("results/**/*.json"))
+    assert all(
+        (BENCHMARKS / f"{f.stem}.py").is_file() for f in BENCHMARKS.glob("results/**/*.json")
+    )
