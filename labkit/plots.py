@@ -48,7 +48,7 @@ def _figure(**options: Any) -> Any:
         image.save(small, format="png", optimize=True)
         return small.getvalue()
 
-    figure = Figure(**options)
+    figure: Any = Figure(**options)
     figure._repr_png_ = png
     return figure
 

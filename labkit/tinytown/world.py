@@ -89,8 +89,8 @@ class World:
         kinds = ("food", "pet", "colour", "job")
         self.glossary = self.words + [v for a in kinds for v in self.values[a]]
         people = rng.sample(self.residents, len(self.residents))
-        half = len(people) // 2
-        self.tuning_people, self.heldout_people = people[:half], people[half:]
+        middle = len(people) // 2
+        self.tuning_people, self.heldout_people = people[:middle], people[middle:]
         self.facts: dict[tuple[str, str], Fact] = {}
         # As even as possible: each value before any comes again; friends go round in a ring.
         for attribute in PERSON_ATTRIBUTES[:-1]:
