@@ -32,17 +32,16 @@ from labkit.simulation import OVERHEAD, STATES, WEIGHTS, Setting, depths, simula
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need: `parts`, bytes by name, add up to `total`; None is an unknown device's.
+    """What a run will need: `parts`, bytes by name, add up to `total`.
 
-    `allocated` is what torch's allocator should say: without the runtime overhead, and without paged
-    states on a GPU, which the driver can move to the host.
+    `allocated` is what torch's allocator should say: no runtime overhead, no paged states on a GPU.
     """
 
     name: str
     config: Any
     depths: tuple[int, ...]
     setting: Setting
-    device_memory: float | None
+    device_memory: float | None  # None: not known
     parts: dict[str, float]
 
     @property
@@ -244,16 +243,15 @@ def chapter_table() -> list[dict[str, Any]]:
     One example of 512 tokens on a GPU, checkpointing, rank 16; float32 weights with bfloat16
     arithmetic where all of them train, else bfloat16.
     """
+    rows: list[dict[str, Any]] = []
     options: dict[str, Any] = {"device": "cuda", "gradient_checkpointing": True, "rank": 16}
-    rows = []
-    for technique, numbers in CHAPTER.items():
-        options["precision"] = "mixed" if technique == "full" else "bf16"
-        for size, number in zip(LLAMA, numbers, strict=True):
-            found = plan(llama(size), technique, **options)
-            row = {"model": f"LLaMA-{size}", "technique": technique, "chapter, GB": number}
-            row["planned, GB"] = round(found.total / 1e9, 1)
-            row["reason"] = REASONS[technique].format(_readable(found.parts[WEIGHTS]))
-            rows.append(row)
+    for technique, size in itertools.product(CHAPTER, LLAMA):
+        precision = "mixed" if technique == "full" else "bf16"
+        found = plan(llama(size), technique, precision=precision, **options)
+        names = ("model", "technique", "chapter, GB", "planned, GB", "reason")
+        numbers = CHAPTER[technique][[*LLAMA].index(size)], round(found.total / 1e9, 1)
+        reason = REASONS[technique].format(_readable(found.parts[WEIGHTS]))
+        rows.append(dict(zip(names, (f"LLaMA-{size}", technique, *numbers, reason), strict=True)))
     return rows
 
 
@@ -282,20 +280,19 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
     common = {key: own[key] for key in Setting.__dataclass_fields__ if key in own}  # type: ignore[attr-defined]
     if own.get("dtype") in ("bfloat16", "float16"):
         common["precision"] = "bf16"
+    if "minibatch_size" in own:  # rankings of Tinytown have up to four responses
+        common |= {"batch_size": min(16, own["minibatch_size"]), "ranked": 4}
     plans: list[Plan] = []
     for technique, switch in STAGES.get(name.partition("_")[2], {}).items():
         stage: dict[str, Any] = {}
-        if switch and not own.get(switch):
-            continue
-        if "minibatch_size" in own:  # rankings of Tinytown have up to four responses
-            stage = {"batch_size": min(16, own["minibatch_size"]), "ranked": 4}
         if technique == "reward":
             stage["precision"] = "auto"  # its model is a float32 copy, whatever the policy's type
         if technique == "ppo":
-            stage["batch_size"], stage["rank"] = own["minibatch_size"], own["lora_rank"]
+            stage = {"batch_size": own["minibatch_size"], "rank": own["lora_rank"]}
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])
             stage["held"] = plans[-1].parts[WEIGHTS]
-        plans.append(plan(own.get("model", "tinytown"), technique, **common | stage))
+        if not switch or own.get(switch):
+            plans.append(plan(own.get("model", "tinytown"), technique, **common | stage))
     return plans
 
 

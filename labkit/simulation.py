@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -237,7 +238,12 @@ def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
     blocks = full.layers(base)
     blocks[-1].register_full_backward_pre_hook(lambda *_: ledger.begin("last block"))
     blocks[0].register_full_backward_pre_hook(lambda *_: ledger.begin("first block"))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Ledger() as ledger:
+    with (
+        warnings.catch_warnings(),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        _Ledger() as ledger,
+    ):
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # frozen inputs
         ledger.label(_faked(both.train(s.technique != "ppo")), WEIGHTS)
         _step(model, _batch(s, mode), s, ledger)
     return ledger.most
