@@ -104,9 +104,8 @@ class Plan:
 
     def figure(self) -> Any:
         """The parts on top of each other, and the device's limit as a line."""
-        title = textwrap.fill(self.title, 50)
+        title, foot = textwrap.fill(self.title, 50), 0.0
         figure, axes = plots.figure_axes(title=title, ylabel="memory (GB)")
-        foot = 0.0
         for (part, size), colour in zip(self.parts.items(), plots.COLOURS, strict=False):
             axes.bar([self.setting.technique], size / 1e9, 0.5, foot, color=colour, label=part)
             foot += size / 1e9
@@ -263,9 +262,7 @@ STAGES = {  # the techniques that a notebook trains, and the parameter that can 
     "prefix_tuning": {"prefix": ""},
     "adapter": {"adapter": ""},
     "rlhf": {"full": "", "reward": "", "ppo": ""},
-    "peft_comparison": {
-        name: f"{name}_learning_rate" for name in ("full", "lora", "qlora", "prefix", "adapter")
-    },
+    "peft_comparison": {t: f"{t}_learning_rate" for t in "full lora qlora prefix adapter".split()},
 }
 NAMES = {"max_length": "sequence_length", "length": "prefix_length"}  # a notebook's: ours
 
