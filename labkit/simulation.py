@@ -235,14 +235,11 @@ def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
     both = nn.ModuleList([model, network])  # a reward model is a copy, and the original stays
-    blocks = full.layers(base)
+    blocks, ledger = full.layers(base), _Ledger()
     blocks[-1].register_full_backward_pre_hook(lambda *_: ledger.begin("last block"))
     blocks[0].register_full_backward_pre_hook(lambda *_: ledger.begin("first block"))
-    with (
-        warnings.catch_warnings(),
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        _Ledger() as ledger,
-    ):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), mode, ledger:
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # frozen inputs
         ledger.label(_faked(both.train(s.technique != "ppo")), WEIGHTS)
         _step(model, _batch(s, mode), s, ledger)
