@@ -82,6 +82,18 @@ class Run:
         self.record["claims"] = [claims[key] for key in sorted(claims)]
         self._write()
 
+    def check(self, name: str, passed: Any, found: Any = "") -> None:
+        """Record whether what must be so is so: `found` is what was seen.
+
+        Raises AssertionError if not, on Tinytown; on other models it is a verdict, and a warning.
+        """
+        self.record["checks"][name] = plain({"passed": bool(passed), "found": found})
+        self._write()
+        if not passed:
+            if self.record["parameters"].get("model", "tinytown") == "tinytown":
+                raise AssertionError(f"{name}: {found}")
+            logging.getLogger("labkit").warning("not so on this model: %s: %s", name, found)
+
     def table(self, name: str, rows: list[Values]) -> Table:
         """Record a small table of results under `name`, and return it for display."""
         self.record["tables"][name] = plain(rows)
@@ -331,7 +343,14 @@ def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
     record |= {"seeds": {k: v for k, v in given.items() if re.search(r"(^|_)seeds?$", k)}}
     record |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
     record |= {"process": [_MACHINE, os.getpid()], "timings": {}, "peak_memory_bytes": 0}
-    return record | {"metrics": {}, "claims": [], "tables": {}, "artifacts": [], "history": []}
+    return record | {
+        "metrics": {},
+        "checks": {},
+        "claims": [],
+        "tables": {},
+        "artifacts": [],
+        "history": [],
+    }
 
 
 def _read(folder: Path) -> Values:

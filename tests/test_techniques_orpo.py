@@ -1,0 +1,130 @@
+"""ORPO: odds near certainty, numbers by hand, TRL's numbers."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from labkit import training
+from labkit.pairs import pack_pairs
+from labkit.techniques import lora, orpo
+from labkit.techniques.orpo import ORPOConfig
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("p", [1e-30, 0.01, 0.3, 0.49, 0.51, 0.9, 1 - 1e-6])
+def test_log_odds_are_exact(p):
+    logp = torch.tensor(p, dtype=torch.float64).log()
+    exact = (logp - torch.log1p(-logp.exp())).item()
+    assert orpo.log_odds(logp).item() == pytest.approx(exact, rel=2e-2 if p > 0.99 else 1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_certainty_is_finite_with_its_gradient(kind):
+    logps = torch.tensor([[0.0, -1e-9], [-1e-8, -100.0]], dtype=kind, requires_grad=True)
+    value, _ = orpo.loss(logps, -logps[:, 0].float(), 0.1)
+    value.backward()
+    assert value.isfinite() and logps.grad.isfinite().all()
+
+
+def test_numbers_by_hand():
+    """P 0.8 and 0.5: odds 4 and 1, ratio 4, -log sigma(log 4) = log(5/4)."""
+    logps = torch.tensor([[0.8, 0.5]]).log()
+    value, metrics = orpo.loss(logps, -logps[:, 0], lam=0.5)
+    penalty = math.log(5 / 4)
+    assert metrics["odds_ratio"].item() == pytest.approx(penalty)
+    assert value.item() == pytest.approx(-math.log(0.8) + 0.5 * penalty)
+    assert metrics["odds_share"].item() == pytest.approx(0.5 * penalty / value.item())
+
+
+def test_the_nll_of_prompts_counts_their_tokens_only_where_asked(tiny_model, make_pairs):
+    pairs, model = make_pairs(), tiny_model()
+    response, everything = (pack_pairs(pairs, learn_prompts=on) for on in (False, True))
+    assert response.in_response.all() and not everything.in_response.all()
+    with torch.no_grad():
+        one = orpo.pair_loss(model, response, ORPOConfig())[1]
+        other = orpo.pair_loss(model, everything, ORPOConfig())[1]
+    torch.testing.assert_close(one["odds_ratio"], other["odds_ratio"])
+    assert abs(one["nll"] - other["nll"]) > 1e-4
+
+
+@pytest.mark.parametrize("tuned", ["full", "lora"])
+@pytest.mark.parametrize("length", [40, 14])
+def test_loss_and_every_gradient_are_trls(
+    tiny_model, tiny_tokenizer, make_pairs, tmp_path, arch, tuned, length
+):
+    """TRL's trainer has its NLL on prompt and response, a mean over all tokens of a batch: so one pair
+    at a time."""
+    from datasets import Dataset
+    from trl.experimental import orpo as library
+
+    model = tiny_model(arch)
+    if tuned == "lora":
+        model = lora.attach(model, lora.LoraConfig(rank=4))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+    arguments = library.ORPOConfig(
+        output_dir=str(tmp_path),
+        beta=0.3,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=False,
+        remove_unused_columns=False,
+    )
+    rows = {"prompt": ["What is two?"], "chosen": [" It is two."], "rejected": [" No."]}
+    trainer = library.ORPOTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tiny_tokenizer,
+    )
+    for pair in make_pairs(3, seed=length):
+        model.zero_grad()
+        batch = pack_pairs([pair], learn_prompts=True)
+        ours, metrics = orpo.pair_loss(model, batch, ORPOConfig(lam=0.3))
+        ours.backward()
+        found = gradients(model)
+        model.zero_grad()
+        inputs = {}
+        for side, example in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids = torch.tensor(example.ids)[None]
+            labels = ids.masked_fill(torch.tensor(example.mask)[None] == 0, -100)
+            inputs |= {f"{side}_input_ids": ids, f"{side}_labels": labels}
+            inputs |= {f"{side}_attention_mask": torch.ones_like(ids)}
+        theirs, seen = trainer.get_batch_loss_metrics(model, inputs)
+        theirs.backward()
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        names = {"nll": "nll_loss", "log_odds_ratio": "log_odds_chosen"}
+        names |= {"accuracy": "rewards/accuracies", "logp_chosen": "logps/chosen"}
+        for name, theirs_name in names.items():
+            assert metrics[name].item() == pytest.approx(seen[theirs_name], rel=1e-4, abs=1e-5)
+        expected = gradients(model)
+        assert found.keys() == expected.keys()
+        scale = max(g.abs().max() for g in expected.values())
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_accumulation_changes_nothing(tiny_model, make_pairs, size):
+    weights = []
+    for batch_size in (8, size):
+        model = tiny_model()
+        config = ORPOConfig(
+            max_steps=1,
+            batch_size=batch_size,
+            gradient_accumulation=8 // batch_size,
+            optimizer="sgd",
+            learning_rate=1.0,
+            warmup_ratio=0.0,
+        )
+        loss = partial(orpo.pair_loss, config=config)
+        training.fit(model, make_pairs(8), loss, config, collate=pack_pairs, progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
