@@ -72,9 +72,7 @@ def trl_run(method, model, tokenizer, rows, in_order=False, **flags):
     with tempfile.TemporaryDirectory() as folder:
         settings = COMMON | {"learning_rate": LEARNING_RATE[method]} | flags
         arguments = config(output_dir=folder, **settings)
-        trainer = kind(
-            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
-        )
+        trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.remove_callback(transformers.PrinterCallback)
         clock = Clock()
         trainer.add_callback(clock)
@@ -111,7 +109,9 @@ def rendered(rows, tokenizer) -> datasets.Dataset:
     """The rows as texts in Tinytown's template, which TRL then need not apply."""
     render, columns = templates.renderer(tokenizer), []
     for row in rows:
-        texts = [render({"prompt": row["prompt"], "completion": row[c]}) for c in ("chosen", "rejected")]
+        texts = [
+            render({"prompt": row["prompt"], "completion": row[c]}) for c in ("chosen", "rejected")
+        ]
         columns.append({"prompt": texts[0][0], "chosen": texts[0][1], "rejected": texts[1][1]})
     return datasets.Dataset.from_list(columns)
 
@@ -152,7 +152,9 @@ def run(options: argparse.Namespace) -> dict:
             method, copy.deepcopy(first), tokenizer, texts_of[method], True, **tuned | more
         )[1]
         ours = found["loss_labkit"]
-        tens = [(np.mean(x[i : i + 10]) for x in (ours, reference)) for i in range(0, len(ours) - 9, 10)]
+        tens = [
+            (np.mean(x[i : i + 10]) for x in (ours, reference)) for i in range(0, len(ours) - 9, 10)
+        ]
         found["largest_difference"] = max(abs(a - b) / b for a, b in tens)
         found["equal_loss"] = found["largest_difference"] < 0.01
         found["loss_trl_in_order"] = reference

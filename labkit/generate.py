@@ -174,8 +174,7 @@ def _sample_texts(
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    options = {"add_special_tokens": False, "verbose": False}
-    ids = tokenizer(list(prompts), **options)["input_ids"] if prompts else []
+    ids = templates.tokenize(prompts, tokenizer)
     if [] in ids:
         raise ValueError(f"prompts: prompt {ids.index([]) + 1}: expected a token or more, got none")
     return ids

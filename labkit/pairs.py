@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from labkit import models, templates
 from labkit.batching import Batch, Example, pack
-from labkit.formats import Located, Row, where
-from labkit.templates import response
+from labkit.formats import Row, where
 
 logger = logging.getLogger("labkit")
 
@@ -71,49 +72,75 @@ def best_first(row: Row) -> list[str]:
 
     Raises ValueError for fewer than two, for ties, and for texts that are empty or equal.
     """
-    if row.get("responses") is not None and row.get("ranks") is not None:
-        given, ranks = list(row["responses"]), list(row["ranks"])
-        whole = all(isinstance(rank, Integral) for rank in ranks)
-        if len(ranks) != len(given) or not whole or len(set(ranks)) < len(ranks):
-            raise ValueError(
-                f"ranks: expected {len(given)} whole numbers without ties, one per response, got "
-                f"{ranks}; decide ties, or leave a response out"
-            )
-        given = [given[i] for i in sorted(range(len(given)), key=ranks.__getitem__)]
-    elif row.get("chosen") is not None and row.get("rejected") is not None:
-        given = [row["chosen"], row["rejected"]]
-    else:
-        raise ValueError(f"expected responses and ranks, or chosen and rejected, got {sorted(row)}")
-    texts = [response({"completion": text}) for text in given]
+    given, ranks = row.get("responses"), row.get("ranks")
+    if given is None or ranks is None:
+        given, ranks = (row.get("chosen"), row.get("rejected")), (1, 2)
+    given, ranks = list(given), list(ranks)
+    if None in given or row.get("prompt") is None:
+        expected = "a prompt, and responses and ranks, or chosen and rejected"
+        raise ValueError(f"expected {expected}, got {sorted(row)}")
+    whole = all(isinstance(rank, Integral) for rank in ranks)
+    if not whole or not len(given) == len(ranks) == len(set(ranks)):
+        expected = f"{len(given)} whole numbers, one per response, without ties"
+        raise ValueError(f"ranks: expected {expected}, got {ranks}")
+    texts = [templates.response({"completion": given[i]}) for i in np.argsort(ranks)]
     if len(texts) < 2 or len(set(texts)) < len(texts) or not all(t.strip() for t in texts):
-        raise ValueError(
-            f"responses: expected two or more, none empty and no two equal, got {str(texts)[:200]}"
-        )
+        expected = "two or more, none empty and no two equal"
+        raise ValueError(f"responses: expected {expected}, got {str(texts)[:200]}")
     return texts
 
 
 def encode_pairs(
     rows: Sequence[Row], tokenizer: Any, *, max_length: int = 512, template: str = "auto"
 ) -> list[Pair]:
-    """The pairs of each row, encoded as by `data.encode`.
+    """The pairs of each row, of token ids and masks whose 1s are a response and its EOS.
 
-    Rows without a pair to learn from (a response empty, or equal to another, also once both are
-    cut to `max_length`; no room for a response) are left out with a warning that counts and
-    names them. Raises ValueError for rows that are no preferences, and where nothing is left.
+    Too long ones lose the beginning of their common prompt (a BOS stays), so much that the longer
+    response fits, then the end of a response. Left out, with a warning that counts and names them,
+    are rows that hold no pair to learn from: a response empty, or equal to the other, also once
+    both are cut. Raises ValueError where nothing is left.
     """
-    singles, owners, left_out = [], [], {}
+    models.check_tokenizer(tokenizer)
+    limit, bos = min(max_length, tokenizer.model_max_length), tokenizer.bos_token_id
+    render, rendered, sizes, left_out = templates.renderer(tokenizer, template), [], {}, []
     for number, row in enumerate(rows, start=1):
         place = where(row, number)
         try:
-            if row.get("prompt") is None:
-                raise TypeError(f"expected a prompt, got the columns {sorted(row)}")
-            texts = best_first(row)
-        except ValueError as error:
-            left_out[place] = str(error)
-            continue
-        for text in texts:
-            single = Located(prompt=row["prompt"], completion=text)
-            single.where = place
-            singles.append(single)
-            owners.append(place)
-    ...
+            texts = [render({"prompt": row["prompt"], "completion": t}) for t in best_first(row)]
+            rendered += texts
+            sizes[place] = len(texts)
+        except (ValueError, KeyError) as error:
+            left_out.append(f"{place}: {error}")
+    prompts, responses = (
+        iter(templates.tokenize(column, tokenizer))
+        for column in (zip(*rendered, strict=True) if rendered else ((), ()))
+    )
+    pairs: list[Pair] = []
+    for place, size in sizes.items():
+        both = [(next(prompts), next(responses)) for _ in range(size)]
+        examples = _cut(both, limit, bos)
+        new = [Pair(*two) for two in combinations(examples, 2)]
+        differ = [pair for pair in new if not np.array_equal(pair.chosen.ids, pair.rejected.ids)]
+        if len(differ) < len(new):
+            left_out.append(f"{place}: cut to {limit} tokens, its responses are equal")
+        pairs += differ
+    if left_out:
+        logger.warning("%d rows left out; the first: %s", len(left_out), left_out[0])
+    if not pairs:
+        raise ValueError(f"rows: no pair to learn from; {left_out[0] if left_out else 'no rows'}")
+    return pairs
+
+
+def _cut(both: list[tuple[list[int], list[int]]], limit: int, bos: int | None) -> list[Example]:
+    """Examples of one prompt, cut to `limit` tokens alike, so that their prompts stay equal."""
+    longest = max(len(response) for _, response in both)
+    examples = []
+    for prompt, response in both:
+        if len(prompt) + longest > limit:
+            head = prompt[:1] if prompt[:1] == [bos] else []
+            space = max(0, limit - longest - len(head))
+            prompt = head + prompt[len(prompt) - space :]
+            response = response[: limit - len(prompt)]
+        mask = np.repeat([0, 1], [len(prompt), len(response)])
+        examples.append(Example(np.array(prompt + response), mask))
+    return examples

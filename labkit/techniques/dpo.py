@@ -121,7 +121,7 @@ def with_reference(
 def _reference(pairs: Sequence[Pair], model: Any, batch_size: int) -> np.ndarray:
     device, dtype = next(model.parameters()).device, models.autocast_dtype(model)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen.ids))
-    known = np.zeros((len(pairs), 2), dtype=np.float32)
+    known: np.ndarray = np.zeros((len(pairs), 2), dtype=np.float32)
     with logprobs.evaluating(model), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

@@ -19,7 +19,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +34,8 @@ from labkit.batching import Batch, Example, pack
 from labkit.config import Count, settings
 from labkit.evaluation import Agreement
 from labkit.formats import Row, where
-from labkit.templates import Rendered, renderer, response, tokenize
+from labkit.pairs import best_first as best_first
+from labkit.templates import Rendered, renderer, tokenize
 
 logger = logging.getLogger("labkit")
 
@@ -157,28 +157,6 @@ def with_head(model: Any, tokenizer: Any, seed: int = 0) -> Any:
     return network.float().requires_grad_(True).eval()
 
 
-def best_first(row: Row) -> list[str]:
-    """The texts of a ranking (`responses`, `ranks`, least = best) or of a pair, the best first.
-
-    Raises ValueError for fewer than two, for ties, and for texts that are empty or equal.
-    """
-    given, ranks = row.get("responses"), row.get("ranks")
-    if given is None or ranks is None:
-        given, ranks = (row.get("chosen"), row.get("rejected")), (1, 2)
-    given, ranks = list(given), list(ranks)
-    if None in given:
-        raise ValueError(f"expected responses and ranks, or chosen and rejected, got {sorted(row)}")
-    whole = all(isinstance(rank, Integral) for rank in ranks)
-    if not whole or not len(given) == len(ranks) == len(set(ranks)):
-        expected = f"{len(given)} whole numbers, one per response, without ties"
-        raise ValueError(f"ranks: expected {expected}, got {ranks}")
-    texts = [response({"completion": given[i]}) for i in np.argsort(ranks)]
-    if len(texts) < 2 or len(set(texts)) < len(texts) or not all(t.strip() for t in texts):
-        expected = "two or more, none empty and no two equal"
-        raise ValueError(f"responses: expected {expected}, got {str(texts)[:200]}")
-    return texts
-
-
 def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[list[Rendered]]:
     """Each row's texts in the template, the best first, as (prompt, response).
 
@@ -190,8 +168,6 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
     render, rendered = renderer(tokenizer, template), []
     for number, row in enumerate(rows, start=1):
         try:
-            if row.get("prompt") is None:
-                raise ValueError(f"expected a prompt, got the columns {sorted(row)}")
             texts = best_first(row)
             rendered.append([render({"prompt": row["prompt"], "completion": t}) for t in texts])
         except ValueError as error:

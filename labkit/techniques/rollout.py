@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +26,6 @@ from labkit import logprobs, models
 from labkit.batching import Batch, Example, pack
 from labkit.generate import Prompt, encode_prompts, eos_ids, sample, texts
 from labkit.templates import Row
-
-log = logging.getLogger("labkit")
 
 SAMPLING = 0  # what random numbers are for; `ppo` has the others
 
@@ -83,11 +80,9 @@ class PolicyWithValue(nn.Module):
         super().__init__()
         if logprobs.has_soft_prompt(model):
             raise ValueError("model: expected one without a soft prompt or prefix; use LoRA")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
+        if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model: expected weights that train, got only frozen ones")
-        if any(p.itemsize == 2 for p in trained):
-            log.warning("model: small steps are lost in half precision; load it in float32")
+        models.warn_of_half_precision(model)
         half = {"auto": models.autocast_dtype(model), "bf16": torch.bfloat16, "fp32": None}
         self.dtype, self.model = half[precision], model
         backbone, adapters = models.base_model(model).base_model, hasattr(model, "disable_adapter")
