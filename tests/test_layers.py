@@ -17,7 +17,7 @@ LAYERS = [
         "plots",
         "widgets",
     },
-    {"data", "logprobs", "generate", "record", "notebooks", "checkpoints", "progress"},
+    {"data", "pairs", "logprobs", "generate", "record", "notebooks", "checkpoints", "progress"},
     {"training", "evaluation", "report", "spectra"},
     {"techniques"},
     {"simulation"},
