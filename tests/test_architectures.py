@@ -53,7 +53,7 @@ ARCHITECTURES = {
 TECHNIQUES = ("full", "lora", "qlora", "prefix", "adapter", "reward", "ppo", "rloo")
 REFUSED = {(arch, "adapter"): "expected one of" for arch in ("opt", "mpt", "jamba", "mamba")}
 REFUSED |= {(arch, "prefix"): "^model: " for arch in ("deepseek_v3", "jamba", "mamba")}
-REFUSED |= {(arch, "reward"): "no classifier" for arch in ("cohere", "granite", "mamba")}
+REFUSED |= {(arch, "reward"): "no reward head" for arch in ("cohere", "granite", "mamba")}
 
 CONFIG = training.TrainConfig(max_steps=2, batch_size=3, learning_rate=1e-2, precision="fp32")
 LORA = lora.LoraConfig(rank=4)
