@@ -110,7 +110,9 @@ def keeps_apart(model: nn.Module) -> bool:
 
     plain = torch.autocast(device.type, enabled=False)
     with embedding.register_forward_hook(keep), evaluating(model), torch.enable_grad(), plain:
-        hidden = backbone(batch.input_ids, position_ids=batch.position_ids, use_cache=False)[0]
+        both = (t for t in (batch.input_ids, batch.position_ids) if t is not None)
+        ids, places = (t[:, : batch.tokens] for t in both)  # without padding, to save memory
+        hidden = backbone(ids, position_ids=places, use_cache=False)[0]
     second = hidden.flatten(0, 1)[batch.starts[1] : batch.ends[1] + 1]
     varied = torch.linspace(-1, 1, second.numel()).view_as(second).to(second)  # no norm cancels it
     (gradient,) = torch.autograd.grad(second, embedded, varied)

@@ -191,8 +191,8 @@ def fake_hub(monkeypatch, sets):
     made = {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     calls = []
 
-    def load_dataset(**kwargs):
-        calls.append(kwargs)
+    def load_dataset(path, name, **options):
+        calls.append((path, name, options["revision"]))
         return datasets.DatasetDict(made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -205,7 +205,7 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
     assert data.load("some/set:part", split="test") == [{"prompt": "qt", "completion": "at"}]
     train = data.load("some/set", revision="v2")
     held = data.load("some/set", split="validation")
-    assert calls[0] == {"path": "some/set", "name": "part"} and calls[1]["revision"] == "v2"
+    assert calls[:2] == [("some/set", "part", None), ("some/set", None, "v2")]
     assert len(train) == 38 and len(held) == 2
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
     with pytest.raises(ValueError, match="split.*dev"):
@@ -218,7 +218,7 @@ def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
     with caplog.at_level("WARNING", logger="labkit"):
         loaded = data.load("alpaca")
     assert 0 < len(loaded) < 31 and "alpaca" in caplog.text
-    assert calls == [{"path": "tatsu-lab/alpaca"}]
+    assert calls == [("tatsu-lab/alpaca", None, None)]
 
 
 def test_instructions_keep_their_parts():

@@ -214,7 +214,8 @@ def test_parity_with_trl(network, tiny_tokenizer, arch, tmp_path):
 
 def test_best_first(tiny_tokenizer):
     assert reward.best_first(ranking(5)) == WORDS[:5]
-    assert reward.best_first({"responses": ["a", "b", "c"], "ranks": [2, 0, 1]}) == ["b", "c", "a"]
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 0, 1]}
+    assert reward.best_first(row) == ["b", "c", "a"]
     message = {"role": "assistant", "content": "seven"}
     assert reward.best_first(pair(chosen=[message])) == ["seven", "honey"]
     two = {"prompt": pair()["prompt"], "responses": ["honey", "seven"], "ranks": [2, 1]}
