@@ -31,6 +31,9 @@ def fingerprint(model: nn.Module, examples: Sequence[Any] = ()) -> dict[str, Any
     settings: dict[str, set[str]] = {}
     for ids, mask in flat(examples):
         crc = zlib.crc32(mask.tobytes(), zlib.crc32(ids.tobytes(), crc))
+    for item in examples:  # what another model said of a pair
+        if (known := getattr(item, "reference", None)) is not None:
+            crc = zlib.crc32(known.tobytes(), crc)
     trained = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.requires_grad:
