@@ -120,11 +120,13 @@ def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
     record.check_resume(notebook, given)
     for name in ("data", "pretraining_texts", "preferences"):
         if given.get(name, "tinytown") != "tinytown":
-            from labkit import data, templates
+            from labkit import data, pairs, templates
 
             rows = data.load(given[name], limit=1)  # all are read
+            (learns,) = (n.learns for n in notebooks.available() if n.name == notebook)
+            look: Any = {"answers": templates.response, "preferences": pairs.best_first}[learns]
             for row in rows if name == "data" else []:
-                templates.response(row)
+                look(row)
     if not force and given.get("model", "tinytown") != "tinytown":
         from labkit import memory
 

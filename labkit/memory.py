@@ -262,6 +262,7 @@ STAGES = {  # the techniques that a notebook trains, and the parameter that can 
     "prefix_tuning": {"prefix": ""},
     "adapter": {"adapter": ""},
     "rlhf": {"full": "", "reward": "", "ppo": ""},
+    "dpo": {"full": ""},
     "peft_comparison": {t: f"{t}_learning_rate" for t in "full lora qlora prefix adapter".split()},
 }
 NAMES = {"max_length": "sequence_length", "length": "prefix_length"}  # a notebook's: ours
@@ -288,6 +289,9 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
             stage = {"batch_size": own["minibatch_size"], "rank": own["lora_rank"]}
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])
             stage["held"] = plans[-1].parts[WEIGHTS]
+        if name.endswith("_dpo"):  # two responses per pair; the reference is done before
+            technique = "lora" if own["lora_rank"] else technique
+            stage = {"batch_size": 2 * own["batch_size"], "rank": own["lora_rank"] or None}
         if not switch or own.get(switch):
             plans.append(plan(own.get("model", "tinytown"), technique, **common | stage))
     return plans

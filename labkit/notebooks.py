@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from labkit.record import write_text
 
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
+ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold
 
 
 def folder() -> Path:

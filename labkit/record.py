@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from labkit.provenance import commit, hardware, peak_memory, versions
 from labkit.show import Table
 
 Place = str | Path | None
@@ -32,8 +32,6 @@ VERDICTS = ("holds", "holds in part", "does not hold here", "undecided", "not me
 FREE = {"resume", "save_steps", "recorded", "test_examples", "kl_limit", "device"}
 _PROJECT = Path(__file__).resolve().parents[1]
 _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
-_PACKAGES = """labkit torch transformers trl peft bitsandbytes datasets accelerate tokenizers
-safetensors numpy wandb papermill"""
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
 _UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
 _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
@@ -294,48 +292,6 @@ def write_text(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def commit() -> str:
-    """The commit of the project's checkout, `-dirty` after changes; empty where there is none."""
-    describe = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    with suppress(OSError, subprocess.SubprocessError):
-        if (_PROJECT / ".git").exists():
-            return subprocess.check_output(describe, cwd=_PROJECT, text=True, timeout=5).strip()
-    return ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape a result."""
-    from importlib.metadata import version  # slow to import
-
-    return {"python": platform.python_version()} | {n: version(n) for n in _PACKAGES.split()}
-
-
-def hardware() -> Values:
-    """Processor, usable cores, memory in bytes; threads and GPUs where torch is loaded."""
-    found: Values = {"system": f"{platform.system()} {platform.machine()}"}
-    found["processor"] = _line("/proc/cpuinfo", "model name") or platform.processor()
-    found["cores"] = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    found["memory_bytes"] = psutil.virtual_memory().total
-    if torch := sys.modules.get("torch"):  # importing it would cost seconds
-        found["threads"] = torch.get_num_threads()
-        if devices := range(torch.cuda.device_count()):
-            found["gpus"] = [torch.cuda.get_device_name(i) for i in devices]
-            found["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    line = _line("/proc/self/status", "VmHWM")  # getrusage counts the parent's before exec
-    return int(line.split()[0]) * 1024 if line else psutil.Process().memory_info().rss
-
-
-def _line(file: str, name: str) -> str:
-    text = Path(file).read_text() if Path(file).exists() else ""
-    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else ""
-
-
 def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
     given = {k: "(hidden)" if _SECRET.search(k) else v for k, v in plain(parameters).items()}
     record = {"schema": 1, "notebook": notebook, "id": folder.name, "status": "running"}
@@ -343,14 +299,8 @@ def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
     record |= {"seeds": {k: v for k, v in given.items() if re.search(r"(^|_)seeds?$", k)}}
     record |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
     record |= {"process": [_MACHINE, os.getpid()], "timings": {}, "peak_memory_bytes": 0}
-    return record | {
-        "metrics": {},
-        "checks": {},
-        "claims": [],
-        "tables": {},
-        "artifacts": [],
-        "history": [],
-    }
+    record |= {"metrics": {}, "checks": {}, "claims": [], "tables": {}, "artifacts": []}
+    return record | {"history": []}
 
 
 def _read(folder: Path) -> Values:

@@ -16,6 +16,7 @@ LAYERS = [
         "show",
         "plots",
         "widgets",
+        "provenance",
     },
     {"data", "pairs", "logprobs", "generate", "record", "notebooks", "checkpoints", "progress"},
     {"training", "evaluation", "report", "spectra"},
