@@ -35,6 +35,7 @@ class Plan:
     """What a run will need: `parts`, bytes by name, add up to `total`.
 
     `allocated` is what torch's allocator should say: no runtime overhead, no paged states on a GPU.
+    `names`, of a notebook's parameters, are all that its reader can change.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Plan:
     setting: Setting
     device_memory: float | None  # None: not known
     parts: dict[str, float]
+    names: Mapping[str, str] | None = None  # of settings: the parameters
 
     @property
     def total(self) -> float:
@@ -62,7 +64,7 @@ class Plan:
         """The plan of the first milder setting that fits, or None; itself, if it does."""
         if self.fits is not False:
             return self
-        for setting in _milder(self.setting):
+        for setting in _milder(self.setting, self.names):
             parts = simulate(self.config, setting, self.depths)
             if (milder := replace(self, setting=setting, parts=parts)).fits:
                 return milder
@@ -78,7 +80,8 @@ class Plan:
         if self.fits or self.nearest is None:
             return f"{need}: it fits." if self.fits else f"{need}; take a smaller model."
         before, after = asdict(self.setting), asdict(self.nearest.setting)
-        change = ", ".join(f"{k}={after[k]!r}" for k in before if before[k] != after[k])
+        changed = [k for k in before if before[k] != after[k]]
+        change = ", ".join(f"{(self.names or {}).get(k, k)}={after[k]!r}" for k in changed)
         return f"{need}. Nearest setting that fits: {change} ({_readable(self.nearest.total)})."
 
     @property
@@ -119,7 +122,7 @@ def _readable(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _milder(s: Setting) -> Iterator[Setting]:
+def _milder(s: Setting, names: Mapping[str, str] | None) -> Iterator[Setting]:
     """Settings that may need less, the mildest change first, each on top of those before."""
     sizes = max(1, s.batch_size // 2), 1
     if s.technique == "ppo":
@@ -136,7 +139,8 @@ def _milder(s: Setting) -> Iterator[Setting]:
         steps += [{"technique": other} for other in others.get(s.technique, ["qlora"])]
     steps += [{"sequence_length": max(2, s.sequence_length >> k)} for k in (1, 2, 3)]
     for step in steps:
-        before, s = s, replace(s, **step)
+        can = {k: value for k, value in step.items() if names is None or k in names}
+        before, s = s, replace(s, **can)
         if s != before:
             yield s
 
@@ -283,17 +287,24 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
     plans: list[Plan] = []
     for technique, switch in STAGES.get(name.partition("_")[2], {}).items():
         stage: dict[str, Any] = {}
+        names = {NAMES.get(key, key): key for key in values}
+        if "minibatch_size" in own:
+            names["batch_size"] = "minibatch_size"
         if technique == "reward":
             stage["precision"] = "auto"  # its model is a float32 copy, whatever the policy's type
         if technique == "ppo":
             stage = {"batch_size": own["minibatch_size"], "rank": own["lora_rank"]}
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])
             stage["held"] = plans[-1].parts[WEIGHTS]
+            names["rank"] = "lora_rank"
         if name.endswith("_dpo"):  # two responses per pair; the reference is done before
             technique = "lora" if own["lora_rank"] else technique
-            stage = {"batch_size": 2 * own["batch_size"], "rank": own["lora_rank"] or None}
+            stage = {"rank": own["lora_rank"] or None}
+            stage["sequence_length"] = 2 * own["sequence_length"]
+            del names["sequence_length"]
         if not switch or own.get(switch):
-            plans.append(plan(own.get("model", "tinytown"), technique, **common | stage))
+            found = plan(own.get("model", "tinytown"), technique, **common | stage)
+            plans.append(replace(found, names=names))
     return plans
 
 

@@ -238,7 +238,7 @@ def close(folder: Path, notebook: str, parameters: Values, status: str, error: s
 def read_runs(root: Place = None) -> list[Values]:
     """All records below `<root>/runs`, oldest first, each with its `folder` added.
 
-    Their status may also be `stopped` (the process is gone), or `unreadable`.
+    Their status may also be `lost` (the process is gone), or `unreadable`.
     """
     runs = []
     files = Path(root or project_root()).glob("runs/*/*/record.json")
@@ -250,7 +250,7 @@ def read_runs(root: Place = None) -> list[Values]:
             record = _new_record(file.parent.parent.name, file.parent, {}) | broken
         machine, number = record.get("process") or ("", 0)  # another machine's are not known
         if record["status"] == "running" and machine == _MACHINE and not _lives(number, file):
-            record["status"] = "stopped"
+            record["status"] = "lost"
         runs.append(record | {"folder": str(file.parent)})
     return runs
 
@@ -344,6 +344,10 @@ def _start_wandb(run: Run, project: str) -> Any:
             import wandb
 
             mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            if mode == "online":  # wandb itself would wait for all of init_timeout
+                import requests
+
+                requests.head(wandb.Settings().base_url, timeout=3)
             made = wandb.init(mode=mode, reinit="finish_previous", **about)
             made.define_metric("*", step_metric="step")
             return made

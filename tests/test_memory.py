@@ -198,7 +198,13 @@ def test_all_stages_of_a_notebook(tiny_folder, monkeypatch):
     assert [p.setting.batch_size for p in plans] == [16, 16, 32]
     weights = plans[0].parts["weights"]  # policy and reference, the tuned model, the reward model
     assert plans[2].parts["weights"] == pytest.approx(4 * weights, rel=0.2)
+    tight = replace(plans[2], device_memory=plans[2].total - 1e6)
+    assert "minibatch_size=16" in tight.advice  # the notebook's own name, and only what it has
+    assert replace(plans[0], device_memory=1.0).advice.endswith("take a smaller model.")
     monkeypatch.setattr(memory, "simulate", lambda *_: dict.fromkeys(PARTS, 1.0))
+    pairs = [memory.plan_notebook("09_dpo", values | rlhf | {"lora_rank": r})[0] for r in (0, 4)]
+    assert [(p.setting.technique, p.setting.rank) for p in pairs] == [("full", None), ("lora", 4)]
+    assert pairs[0].setting.sequence_length == 128  # two responses
     for also, expected in ({}, ["lora"]), ({"full_learning_rate": 1e-3}, ["lora", "full"]):
         found = memory.plan_notebook("02_lora", values | also)
         assert [p.setting.technique for p in found] == expected

@@ -135,7 +135,7 @@ def test_a_failed_write_keeps_the_last_record_and_leaves_nothing_else(tmp_path, 
     assert [f.name for f in run.folder.iterdir()] == ["record.json"]
 
 
-def test_a_killed_process_leaves_a_whole_record_that_reads_as_stopped(tmp_path, monkeypatch):
+def test_a_killed_process_leaves_a_whole_record_that_reads_as_lost(tmp_path, monkeypatch):
     code = (
         "import os, sys; from labkit import record\n"
         "run = record.start('x', {}, root=sys.argv[1]); run.metric(a=1)\n"
@@ -149,12 +149,12 @@ def test_a_killed_process_leaves_a_whole_record_that_reads_as_stopped(tmp_path, 
     broken.write_text('{"half')
     unreadable, *others = record.read_runs(tmp_path)
     killed, running = sorted(others, key=lambda run: -len(run["metrics"]))
-    assert killed["metrics"] == {"a": 1} and killed["status"] == "stopped"
+    assert killed["metrics"] == {"a": 1} and killed["status"] == "lost"
     assert running["status"] == "running" == read(live)["status"]
     assert unreadable["status"] == "unreadable" and unreadable["folder"] == str(broken.parent)
     later = (live.folder / "record.json").stat().st_mtime + 60  # another process got the number
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: later)
-    assert {run["status"] for run in record.read_runs(tmp_path)} == {"stopped", "unreadable"}
+    assert {run["status"] for run in record.read_runs(tmp_path)} == {"lost", "unreadable"}
 
 
 def test_the_report_shows_all_runs_and_escapes_them(tmp_path):
