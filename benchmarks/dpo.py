@@ -4,7 +4,7 @@ For each seed an SFT model and rankings are made once and kept next to the resul
 `benchmarks/rlhf.py`: the embedded base after demonstrations, a third of them flawed, and 4-9
 responses that this model sampled to each prompt, ranked by an annotator who follows the gold judge,
 breaks ties at random, and errs with `noise`. Then every condition trains from there on the best and
-the worst response of each ranking: DPO at several betas, and with an NLL term. `SFT` trains no
+the worst response of each ranking: DPO at several betas, with an NLL term, and for five epochs. `SFT` trains no
 further, `chosen` goes on with SFT on the best responses.
 
 Each run keeps its history (loss, rewards, both log-probabilities), and of sampled responses to
@@ -32,14 +32,13 @@ from labkit.techniques import dpo
 from labkit.tinytown import demonstrations, preferences, rank_samples
 
 Row = sweep.Row
-FIELDS = ("arm", "beta", "nll")
-RATES = {
-    ("dpo", 0.1, 0.0): (3e-5, 1e-4, 3e-4),
-    ("chosen", 0.0, 0.0): (3e-5, 1e-4, 3e-4),
-}
-CONDITIONS: Any = {("SFT", 0.0, 0.0): 0.0, ("chosen", 0.0, 0.0): ("chosen", 0.0, 0.0)}
-CONDITIONS |= {("dpo", beta, 0.0): ("dpo", 0.1, 0.0) for beta in (0.01, 0.03, 0.1, 0.3, 1.0)}
-CONDITIONS |= {("dpo", 0.1, 0.3): ("dpo", 0.1, 0.0)}
+FIELDS = ("arm", "beta", "nll", "epochs")
+USUAL, CHOSEN = ("dpo", 0.1, 0.0, 1.0), ("chosen", 0.0, 0.0, 1.0)
+RATES = {USUAL: (3e-5, 1e-4, 3e-4), CHOSEN: (3e-5, 1e-4, 3e-4)}
+CONDITIONS: Any = {("SFT", 0.0, 0.0, 1.0): 0.0, CHOSEN: CHOSEN}
+CONDITIONS |= {("dpo", beta, 0.0, 1.0): USUAL for beta in (0.01, 0.03, 0.1, 0.3, 1.0)}
+CONDITIONS |= {("dpo", 0.1, 0.3, 1.0): USUAL}
+CONDITIONS |= {("dpo", beta, 0.0, 5.0): USUAL for beta in (0.01, 0.1, 1.0)}  # too long
 KEPT = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected")
 
 
@@ -110,7 +109,7 @@ def scores(model: Any, first: Any, tokenizer: Any, rows: list[Row]) -> Row:
 
 if __name__ == "__main__":
     made = {"sft_rows": 4000, "flawed": 1 / 3, "rankings": 1000, "noise": 0.1}
-    trained = {"batch_size": 16, "epochs": 1.0, "test_prompts": 300}
+    trained = {"batch_size": 16, "test_prompts": 300}
     args = sweep.arguments(__doc__, **made, **trained)
     folder = args.json.with_suffix(".models")
     measured = partial(measure, folder=folder)

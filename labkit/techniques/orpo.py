@@ -5,7 +5,7 @@
 P(y|x) is the geometric mean of the response's token probabilities, exp(mean log p): with sums, log
 odds would be the log-probability itself, and explode. Near P = 1 the odds are infinite, and 1 - P
 is lost in rounding: `log1mexp` is exact there, and P is held below 1 by a float32 step.
-Left out: nothing.
+Left out: lengths other than the mean, schedules of lambda.
 """
 
 from __future__ import annotations
