@@ -1,5 +1,6 @@
 """What several sweeps share: a training run on Tinytown, and the scores after it."""
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +16,24 @@ def training_set(tokenizer: Any, rows: int) -> data.Encoded:
     return data.encode(data.load(limit=rows, seed=0), tokenizer, max_length=256)
 
 
+def config(kind: Any, point: Row, **more: Any) -> Any:
+    """The configuration `kind` with those of its fields that `point` has."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in point.items() if name in names} | more)
+
+
 def train(model: Any, examples: Sequence[Any], point: Row, **options: Any) -> Row:
     """Trains `model` with the settings of `training.TrainConfig` that `point` has; see `fit`."""
-    names = ("learning_rate", "epochs", "batch_size", "warmup_ratio", "weight_decay", "seed")
-    config = training.TrainConfig(**{name: point[name] for name in names if name in point})
-    result = training.fit(model, examples, training.sft_loss, config, progress=False, **options)
+    settings = config(training.TrainConfig, point)
+    result = training.fit(model, examples, training.sft_loss, settings, progress=False, **options)
     return results(result) | {"trainable": models.parameter_counts(model).trainable}
 
 
 def results(result: training.TrainResult) -> Row:
     """Of a training run, as it is recorded."""
     found: Row = {"train_loss": result.loss, "steps": result.steps, "tokens": result.tokens}
-    found["tokens_per_second"] = round(result.tokens_per_second)
-    return found | {"train_seconds": round(result.seconds, 2)}
+    speed, seconds = round(result.tokens_per_second), round(result.seconds, 2)
+    return found | {"tokens_per_second": speed, "train_seconds": seconds}
 
 
 def scores(model: Any, tokenizer: Any, n: int) -> Row:
@@ -48,7 +54,6 @@ def scores(model: Any, tokenizer: Any, n: int) -> Row:
 
 
 def accuracy(model: Any, tokenizer: Any, rows: list[Row]) -> float:
-    """Share of exactly right answers of up to 32 tokens."""
     return evaluation.exact(model, tokenizer, rows, max_new_tokens=32).accuracy
 
 
@@ -57,7 +62,7 @@ def response_loss(model: Any, tokenizer: Any, rows: list[Row]) -> float:
 
 
 def perplexity(model: Any, tokenizer: Any, texts: int = 12) -> tuple[float, Row]:
-    """Of so many held-out pretraining texts of each genre: geometric mean, and genre by genre."""
+    """Of so many held-out pretraining texts per genre: geometric mean, and genre by genre."""
     genres = evaluation.perplexity_by(model, tokenizer, tinytown.genre_samples(texts))
     return statistics.geometric_mean(genres.values()), genres
 

@@ -23,13 +23,10 @@ from labkit import evaluation, models
 from labkit.techniques import instruction
 from labkit.tinytown import instruction_rows
 
-CONDITIONS: dict[str, dict[str, Any]] = {
-    "1 phrasing": {"phrasings": 1},
-    **{f"{n} phrasings": {"phrasings": n} for n in (2, 3, 4)},
-    **{f"{n} families": {"families": n} for n in (4, 8)},
-    "English only": {"languages": ("en",)},
-    "chapter's loss": {},
-}
+CONDITIONS: dict[str, dict[str, Any]] = {"1 phrasing": {"phrasings": 1}}
+CONDITIONS |= {f"{n} phrasings": {"phrasings": n} for n in (2, 3, 4)}
+CONDITIONS |= {f"{n} families": {"families": n} for n in (4, 8)}
+CONDITIONS |= {"English only": {"languages": ("en",)}, "chapter's loss": {}}
 POOL = 12_000  # examples that a condition chooses its own from
 
 
@@ -70,7 +67,6 @@ def scores(model: Any, tokenizer: Any, n: int) -> sweep.Row:
 
 
 if __name__ == "__main__":
-    args = sweep.arguments(
-        __doc__, base="tinytown", rows=2500, test_rows=200, learning_rate=5e-4, batch_size=16
-    )
+    settings = {"base": "tinytown", "rows": 2500, "test_rows": 200}
+    args = sweep.arguments(__doc__, **settings, learning_rate=5e-4, batch_size=16)
     sweep.over_seeds(measure, [{"arm": name} for name in CONDITIONS], args)

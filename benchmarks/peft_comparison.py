@@ -40,13 +40,9 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "prefix": (prefix, prefix.PrefixConfig(16)),
     "adapter": (adapter, adapter.AdapterConfig(24)),
 }
-LEARNING_RATES = {  # as in the sweeps of the methods' own notebooks
-    ("full",): (2.5e-4, 5e-4, 1e-3),
-    ("LoRA",): (2e-3, 4e-3, 8e-3),
-    ("QLoRA",): (2e-3, 4e-3, 8e-3),
-    ("prefix",): (0.15, 0.3, 0.6),
-    ("adapter",): (2e-3, 4e-3, 8e-3),
-}
+# As in the sweeps of the methods' own notebooks.
+LEARNING_RATES = {(name,): (2e-3, 4e-3, 8e-3) for name in METHODS}
+LEARNING_RATES |= {("full",): (2.5e-4, 5e-4, 1e-3), ("prefix",): (0.15, 0.3, 0.6)}
 STEPS, ROUNDS = 10, 6  # of training, in turns
 
 

@@ -17,12 +17,11 @@ value share a backbone; `--separate` gives it a critic of its own, as TRL's has.
 Needs a quiet machine: `python benchmarks/ppo_cpu.py --json out.json`, about 15 minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -40,16 +39,10 @@ os.environ |= {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 TRL = "trl==1.9.*"
 MARK = "RESULT "
 STAGES = ("sample", "reward", "score", "update")
-SETTINGS = {  # defaults of the command line
-    "steps": 12,  # of a run, the first untimed
-    "batch": 64,  # episodes per step
-    "minibatch": 32,
-    "epochs": 4,
-    "tokens": 48,  # greatest length of a response
-    "rate": 1e-4,
-    "beta": 0.05,
-    "threads": 0,  # as many as torch takes
-}
+# Defaults of the command line. `steps` of a run, the first untimed; `batch` episodes per step;
+# `tokens`: greatest length of a response; `threads`: 0 for as many as torch takes.
+SETTINGS = {"steps": 12, "batch": 64, "minibatch": 32, "epochs": 4, "tokens": 48}
+SETTINGS |= {"rate": 1e-4, "beta": 0.05, "threads": 0}
 
 
 def parse() -> argparse.Namespace:
@@ -80,15 +73,14 @@ def run_labkit(job: dict[str, Any]) -> dict[str, Any]:
     from labkit.techniques import ppo
 
     def reward(prompts, responses, rows):
-        answers = (row["completion"] for row in rows)
-        return [similarity(a, r) for a, r in zip(answers, responses, strict=True)]
+        return [similarity(row["completion"], r) for row, r in zip(rows, responses, strict=True)]
 
     model, tokenizer = models.load(job["model"])
     sizes = {"batch_size": job["batch"], "minibatch_size": job["minibatch"], "steps": job["steps"]}
     sizes |= {"epochs": job["epochs"], "max_new_tokens": job["tokens"], "seed": job["seed"]}
-    weights = {"learning_rate": job["rate"], "beta": job["beta"]}
-    separate, ends = job["condition"] == "labkit_separate", []
-    config = ppo.PPOConfig(separate_critic=separate, **weights, **sizes)
+    sizes |= {"separate_critic": job["condition"] == "labkit_separate"}
+    config = ppo.PPOConfig(learning_rate=job["rate"], beta=job["beta"], **sizes)
+    ends: list[float] = []
     options = {"progress": False, "log": lambda metrics, step: ends.append(time.perf_counter())}
     history = ppo.train(model, tokenizer, job["rows"], reward, config, **options).history
     stages = {s: sum(entry[f"seconds_{s}"] for entry in history[1:]) for s in STAGES}
@@ -109,14 +101,19 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     value = classifier.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
     torch.nn.init.zeros_(value.score.weight)
     ids = [tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in job["rows"]]
-    answers = [row["completion"] for row in job["rows"]]
-    reward = text_reward(tokenizer, dict(zip(map(tuple, ids), answers, strict=True)))
-    options = {}
+    answers = {tuple(x): row["completion"] for x, row in zip(ids, job["rows"], strict=True)}
+    reward = text_reward(tokenizer, answers)
+    settings = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"num_sample_generations": 0, "seed": job["seed"], "learning_rate": job["rate"]}
+    # Without accumulation there is an optimizer step per minibatch; with it, one per epoch.
+    settings |= {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": 1}
+    settings |= {"num_mini_batches": job["batch"] // job["minibatch"]}
+    settings |= {"num_ppo_epochs": job["epochs"], "total_episodes": job["steps"] * job["batch"]}
+    settings |= {"response_length": job["tokens"], "stop_token": "eos", "missing_eos_penalty": 1.0}
+    settings |= {"temperature": 1.0, "kl_coef": job["beta"], "adam_epsilon": 1e-5}
     if job["condition"] == "trl":
-        options = {
-            "gradient_checkpointing": False,
-            "local_rollout_forward_batch_size": job["batch"],
-        }
+        settings["gradient_checkpointing"] = False
+        settings["local_rollout_forward_batch_size"] = job["batch"]
         if job["trl_precision"] == "bf16":
             os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its flag bf16 alone changes nothing
     ends: list[float] = []
@@ -126,28 +123,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        args = PPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            num_sample_generations=0,
-            seed=job["seed"],
-            per_device_train_batch_size=job["batch"],
-            gradient_accumulation_steps=1,  # or there would be one optimizer step per epoch
-            num_mini_batches=job["batch"] // job["minibatch"],
-            num_ppo_epochs=job["epochs"],
-            total_episodes=job["steps"] * job["batch"],
-            response_length=job["tokens"],
-            stop_token="eos",
-            temperature=1.0,
-            missing_eos_penalty=1.0,
-            kl_coef=job["beta"],
-            learning_rate=job["rate"],
-            adam_epsilon=1e-5,
-            **options,
-        )
+        args = PPOConfig(output_dir=folder, **settings)
         rows, models = Dataset.from_dict({"input_ids": ids}), (policy, reference, reward)
         trainer = PPOTrainer(args, tokenizer, *models, rows, value, callbacks=[Clock()])
         trainer.train()
@@ -180,11 +156,8 @@ def text_reward(tokenizer, answers: dict[tuple[int, ...], str]):
             return type("Output", (), {"hidden_states": [values]})
 
     reward = torch.nn.Module()
-    reward.base_model_prefix, reward.backbone, reward.score = (
-        "backbone",
-        Backbone(),
-        torch.nn.Identity(),
-    )
+    reward.base_model_prefix, reward.backbone = "backbone", Backbone()
+    reward.score = torch.nn.Identity()
     return reward
 
 
@@ -266,8 +239,8 @@ def summary(rounds: list[dict[str, dict]]) -> dict[str, Any]:
             found[key][name] = [round(statistics.fmean(values), 4) for values in steps]
         last = found["reward"][name][-max(1, len(found["reward"][name]) // 3) :]
         found["reward_last_third"][name] = statistics.fmean(last)
-    for name in (name for name in names if name.startswith("labkit")):
-        for other in (name for name in names if name.startswith("trl")):
+    for name, other in itertools.product(names, names):
+        if name.startswith("labkit") and other.startswith("trl"):
             ratios = [r[name][speed] / r[other][speed] for r in rounds]
             found[f"{name}_over_{other}"] = statistics.median(ratios)
     stages = {s: statistics.median(r["labkit"]["stages"][s] for r in rounds) for s in STAGES}
@@ -277,10 +250,8 @@ def summary(rounds: list[dict[str, dict]]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     for name, speed in found["episodes_per_second"].items():
-        curve = " ".join(f"{x:.2f}" for x in found["reward"][name])
-        print(
-            f"{name:16} {speed:7.1f} episodes/s   reward {curve}   KL {found['kl'][name][-1]:.2f}"
-        )
+        curve, kl = " ".join(f"{x:.2f}" for x in found["reward"][name]), found["kl"][name][-1]
+        print(f"{name:16} {speed:7.1f} episodes/s   reward {curve}   KL {kl:.2f}")
     shares = ", ".join(f"{s} {100 * x:.0f} %" for s, x in found["labkit_stages"].items())
     print(f"labkit's time: {shares}")
     for name in (name for name in found if "_over_" in name):
@@ -295,8 +266,9 @@ def main() -> None:
 
     args.folder.mkdir(parents=True, exist_ok=True)
     python, model = environment(args.folder), tuned_model(args.folder)
-    chosen = {"labkit": True, "labkit_separate": args.separate, "trl": True}
-    names = [name for name, given in (chosen | {"trl_defaults": args.defaults}).items() if given]
+    chosen = {"labkit": True, "labkit_separate": args.separate}
+    chosen |= {"trl": True, "trl_defaults": args.defaults}
+    names = [name for name, given in chosen.items() if given]
     settings: dict[str, Any] = {name: getattr(args, name) for name in (*SETTINGS, "trl_precision")}
     if args.trl_precision == "auto":
         settings["trl_precision"] = "bf16" if models.cpu_has_bf16() else "fp32"

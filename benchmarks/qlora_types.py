@@ -19,10 +19,8 @@ import torch
 from labkit import models
 from labkit.techniques import lora, quantization
 
-TYPES = [
-    ("none", 0),
-    *((name, size) for size in (64, 512, 4096) for name in ("nf4", "fp4", "int4")),
-]
+TYPES = [("none", 0)]
+TYPES += [(name, size) for size in (64, 512, 4096) for name in ("nf4", "fp4", "int4")]
 
 
 def measure(point: sweep.Row) -> sweep.Row:

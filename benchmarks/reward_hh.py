@@ -69,17 +69,17 @@ def measure(point: Row) -> Row:
     held_out = [row for row in rows if fold_of(row, point["folds"]) == point["fold"]]
     train = [row for row in rows if fold_of(row, point["folds"]) != point["fold"]]
     model, tokenizer, reading_loss = language_model(train, point)
-    names = ("learning_rate", "epochs", "max_length")
-    config = reward.RewardConfig(
-        weight_decay=0.1, batch_size=32, seed=point["fold"], **{name: point[name] for name in names}
-    )
+    settings = {"weight_decay": 0.1, "batch_size": 32, "seed": point["fold"]}
+    config = common.config(reward.RewardConfig, point, **settings)
     learned, result = reward.train(model, tokenizer, train, config, progress=False)
     margins = reward.evaluate(learned, held_out).margins
+    shorter = sum(len(best) < len(worst) for best, worst in map(reward.best_first, held_out))
     found = {"rows": len(rows), "train_rows": len(train), "test_rows": len(held_out)}
     found |= {
-        "shorter": sum(len(best) < len(worst) for best, worst in map(reward.best_first, held_out))
+        "shorter": shorter,
+        "reading_loss": reading_loss,
+        "margins": [round(margin, 5) for margin in margins],
     }
-    found |= {"reading_loss": reading_loss, "margins": [round(margin, 5) for margin in margins]}
     return found | common.results(result)
 
 

@@ -27,8 +27,7 @@ def measure(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
     train = rankings(point["rows"], noise=point["noise"], seed=point["seed"])
     clean = rankings(point["rows"], noise=0.0, seed=point["seed"])
-    names = ("pairs", "learning_rate", "epochs", "batch_size", "seed")
-    config = reward.RewardConfig(**{name: point[name] for name in names})
+    config = common.config(reward.RewardConfig, point)
     learned, result = reward.train(model, tokenizer, train, config, progress=False)
     found = common.results(result) | {"flipped": flipped(train, clean)}
     test = rankings(point["test_rows"], noise=0.0, seed=0, split="test")
@@ -38,12 +37,11 @@ def measure(point: sweep.Row) -> sweep.Row:
 
 def flipped(noisy: list[sweep.Row], clean: list[sweep.Row]) -> float:
     """The share of pairs that two rankings of the same responses order differently."""
-    reversed_ = [
-        (a["ranks"][i] < a["ranks"][j]) != (b["ranks"][i] < b["ranks"][j])
-        for a, b in zip(noisy, clean, strict=True)
-        for i, j in combinations(range(len(a["ranks"])), 2)
-    ]
-    return sum(reversed_) / len(reversed_)
+    found: list[bool] = []
+    for a, b in zip(noisy, clean, strict=True):
+        pairs = combinations(zip(a["ranks"], b["ranks"], strict=True), 2)
+        found += ((i < j) != (k < m) for (i, k), (j, m) in pairs)
+    return sum(found) / len(found)
 
 
 if __name__ == "__main__":

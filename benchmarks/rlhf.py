@@ -82,19 +82,15 @@ def measure(point: Row, folder: Path) -> Row:
     untrained = reward.RewardModel.load(place / "untrained")
     target = {"gold": gold_reward, "no reward model": untrained}.get(condition, learned)
     rows = preferences.prompts(point["prompts"], seed=3000 + point["seed"])
-    names = ("steps", "batch_size", "minibatch_size", "learning_rate", "beta", "seed")
-    options, history = {name: point[name] for name in names}, list[Row]()
+    history: list[Row] = []
     if condition in critic_free.METHODS:
-        options |= {"method": condition, "epochs": point["critic_free_epochs"]}
-        config = critic_free.CriticFreeConfig(**options)
+        options = {"method": condition, "epochs": point["critic_free_epochs"]}
+        config = common.config(critic_free.CriticFreeConfig, point, **options)
         history = critic_free.train(model, tokenizer, rows, learned, config)
     elif condition not in ("base", "SFT"):
-
-        def log(rollout: Any, metrics: dict[str, float]) -> None:
-            history.append(entry(rollout, metrics, learned))
-
-        config = ppo.PPOConfig(**options)
-        ppo.train(model, tokenizer, rows, target, config, progress=False, on_rollout=log)
+        log = {"on_rollout": lambda *found: history.append(entry(*found, learned))}
+        config = common.config(ppo.PPOConfig, point)
+        ppo.train(model, tokenizer, rows, target, config, progress=False, **log)
     seconds = round(time.perf_counter() - started, 1)
     found = scores(model, tokenizer, learned, point["test_prompts"])
     return found | {"history": history, "seconds": seconds}
@@ -106,7 +102,6 @@ def gold_reward(prompts: list, responses: list[str], rows: list[Row]) -> list[fl
 
 
 def gold_scores(rows: Sequence[Row], responses: Sequence[str]) -> dict[str, float]:
-    """Means of the judge's verdicts."""
     verdicts = [judge(row, text) for row, text in zip(rows, responses, strict=True)]
     return {name: statistics.fmean(getattr(v, name) for v in verdicts) for name in PARTS}
 

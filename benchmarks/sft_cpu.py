@@ -21,14 +21,10 @@ it, so their time per token flatters them; `stock` and labkit take examples at r
 machine: `python benchmarks/sft_cpu.py --json out.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -45,44 +41,43 @@ import transformers
 from tokenizers import Tokenizer, models
 from trl import SFTConfig, SFTTrainer
 
+from labkit import record
 from labkit.batching import Batch, Example, Shuffled, pack
+from labkit.evaluation import held_out_loss
 from labkit.models import cpu_has_bf16
 from labkit.training import TrainConfig, fit, sft_loss
 
 PAD, END, FIRST = 0, 1, 2
 BATCH, LEARNING_RATE, WARM = 32, 1e-3, 5
 PACKED = 9  # sequences of 128 tokens that hold about 32 examples of mean length 37
+GOALS = {"stock_over_labkit": "≥ 2.7", "tuned_over_labkit": "≥ 1.6", "packed_over_labkit": ""}
+GOALS |= {"labkit_over_bare": "≤ 1.1", "stock_over_labkit_compiled": ""}
+GOALS |= {"tuned_over_labkit_compiled": "", "labkit_compiled_over_bare": ""}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="steps of a round, warm-up included")
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    parser.add_argument("--model", help="folder of a causal LM; default: a random 4 M Llama")
-    parser.add_argument(
-        "--no-stock", action="store_true", help="leave out `stock`, which takes bfloat16"
-    )
-    parser.add_argument("--compiled", action="store_true", help="also labkit with compile=True")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    return parser.parse_args()
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--steps", type=int, default=40, help="steps of a round, warm-up included")
+    p.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
+    p.add_argument("--model", help="folder of a causal LM; default: a random 4 M Llama")
+    p.add_argument("--no-stock", action="store_true", help="without `stock`, which takes bfloat16")
+    p.add_argument("--compiled", action="store_true", help="also labkit with compile=True")
+    p.add_argument("--json", type=Path, help="write the results here")
+    options = p.parse_args()
+    if options.steps <= WARM:
+        p.error(f"--steps: expected more than the {WARM} of the warm-up")
+    return options
 
 
 def build_model(folder: str | None):
     if folder:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=PAD,
-        eos_token_id=END,
-        bos_token_id=None,
-    )
+    shape = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 512}
+    tokens = {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": None}
+    config = transformers.LlamaConfig(**shape, **tokens)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -90,9 +85,8 @@ def build_tokenizer(vocab_size: int):
     """Only its special tokens are used: the rows are made of ids."""
     vocab = {"<pad>": PAD, "<end>": END} | {f"w{i}": i for i in range(FIRST, vocab_size)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<end>"
-    )
+    kind = transformers.PreTrainedTokenizerFast
+    return kind(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
 
 
 def build_rows(count: int, vocab_size: int, seed: int) -> datasets.Dataset:
@@ -142,23 +136,12 @@ class SameOrder(SFTTrainer):
 
 
 def trl_run(model, tokenizer, rows, kind=SFTTrainer, **flags):
+    settings = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"seed": 0, "num_train_epochs": 1, "logging_steps": 10, "weight_decay": 0.01}
+    settings |= {"learning_rate": LEARNING_RATE, "warmup_steps": 0.1, "completion_only_loss": True}
+    settings |= {"lr_scheduler_type": "cosine", "per_device_train_batch_size": BATCH} | flags
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            output_dir=folder,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            seed=0,
-            num_train_epochs=1,
-            learning_rate=LEARNING_RATE,
-            warmup_steps=0.1,
-            weight_decay=0.01,
-            lr_scheduler_type="cosine",
-            logging_steps=10,
-            disable_tqdm=True,
-            completion_only_loss=True,
-            **({"per_device_train_batch_size": BATCH} | flags),
-        )
+        config = SFTConfig(output_dir=folder, **settings)
         trainer = kind(model, config, train_dataset=rows, processing_class=tokenizer)
         trainer.remove_callback(transformers.PrinterCallback)
         clock = Clock(trainer.data_collator)
@@ -172,12 +155,14 @@ def trl_run(model, tokenizer, rows, kind=SFTTrainer, **flags):
 def labkit_run(model, examples, **settings):
     config = TrainConfig(learning_rate=LEARNING_RATE, batch_size=BATCH, **settings)
     history = fit(model, examples, sft_loss, config, progress=False).history
-    ends = [entry["seconds"] for entry in history]
-    spans = np.diff(ends)[WARM - 1 :]
+    spans = np.diff([entry["seconds"] for entry in history])[WARM - 1 :]
     tokens = sum(e["tokens_per_second"] * s for e, s in zip(history[WARM:], spans, strict=True))
-    losses = [entry["loss"] for entry in history]
-    means = [(i + 10, float(np.mean(losses[i : i + 10]))) for i in range(0, len(losses) - 9, 10)]
-    return spans.sum() / tokens * 1e6, means
+    return spans.sum() / tokens * 1e6, curve([entry["loss"] for entry in history])
+
+
+def curve(losses) -> list[tuple[int, float]]:
+    """Means of ten steps each, as TRL logs them."""
+    return [(i + 10, float(np.mean(losses[i : i + 10]))) for i in range(0, len(losses) - 9, 10)]
 
 
 def bare_run(model, batches: list[Batch]):
@@ -186,9 +171,8 @@ def bare_run(model, batches: list[Batch]):
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
-    schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, -(-len(batches) // 10), len(batches)
-    )
+    warmup, steps = -(-len(batches) // 10), len(batches)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     model.train()
     losses, times = [], []
     for batch in batches:
@@ -204,8 +188,7 @@ def bare_run(model, batches: list[Batch]):
         losses.append(loss.detach())
         times.append(time.perf_counter())
     tokens = sum(batch.tokens for batch in batches[WARM:])
-    means = [(i + 10, float(sum(losses[i : i + 10]) / 10)) for i in range(0, len(losses) - 9, 10)]
-    return (times[-1] - times[WARM - 1]) / tokens * 1e6, means
+    return (times[-1] - times[WARM - 1]) / tokens * 1e6, curve(losses)
 
 
 def bare_batches(examples: list[Example]) -> list[Batch]:
@@ -216,16 +199,8 @@ def bare_batches(examples: list[Example]) -> list[Batch]:
     return [pack([examples[i] for i in group], packing=False) for group in groups]
 
 
-@torch.no_grad()
-def held_out(model, rows: datasets.Dataset) -> float:
-    """Mean loss a response token, by the model's own loss, one row at a time."""
-    total, count = 0.0, 0
-    for row in rows:
-        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["completion_mask"]])
-        n = int(mask[:, 1:].sum())
-        total += float(model(ids, labels=ids.masked_fill(mask == 0, -100)).loss) * n
-        count += n
-    return total / count
+def encoded(rows: datasets.Dataset) -> list[Example]:
+    return [Example(np.array(r["input_ids"]), np.array(r["completion_mask"])) for r in rows]
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -233,13 +208,9 @@ def run(options: argparse.Namespace) -> dict:
     vocab_size = first.config.vocab_size
     tokenizer = build_tokenizer(vocab_size)
     rows = build_rows(options.steps * BATCH, vocab_size, seed=1)
-    unseen = build_rows(200, vocab_size, seed=2)
-    columns = zip(rows["input_ids"], rows["completion_mask"], strict=True)
-    examples = [Example(np.array(ids), np.array(mask)) for ids, mask in columns]
-    batches, eager = (
-        bare_batches(examples),
-        {"gradient_checkpointing": False, "bf16": cpu_has_bf16()},
-    )
+    examples, unseen = encoded(rows), encoded(build_rows(200, vocab_size, seed=2))
+    batches = bare_batches(examples)
+    eager = {"gradient_checkpointing": False, "bf16": cpu_has_bf16()}
     tuned = eager | {"train_sampling_strategy": "group_by_length"}
     packed = eager | dict(packing=True, max_length=128, per_device_train_batch_size=PACKED)
     runs = {
@@ -258,104 +229,61 @@ def run(options: argparse.Namespace) -> dict:
     result: dict = {"times": {n: [] for n in runs}, "curves": {}, "held_out": {}, "seconds": {}}
     for number in range(options.rounds):
         for name in sorted(runs, key=lambda n: (list(runs).index(n) + number) % len(runs)):
-            if name in (
-                "stock",
-                "tuned",
-                "packed",
-            ):  # TRL leaves marks on a model that change the next run
+            if name in ("stock", "tuned", "packed"):  # TRL changes a model beyond its weights
                 model_of[name] = copy.deepcopy(first)
             model = model_of[name]
             model.load_state_dict(first.state_dict())
             start = time.perf_counter()
-            micros, curve = runs[name](model)
+            micros, result["curves"][name] = runs[name](model)
             spent = time.perf_counter() - start
             result["times"][name].append(micros)
-            result["curves"][name] = curve
             result["seconds"].setdefault(name, []).append(spent)
             print(f"round {number + 1} {name:16}{micros:7.0f} µs/token   {spent:5.1f} s in all")
     model_of["same_order"] = copy.deepcopy(first)
-    _, curve = trl_run(model_of["same_order"], tokenizer, rows, SameOrder, bf16=cpu_has_bf16())
-    result["curves"]["same_order"] = curve
+    ordered = trl_run(model_of["same_order"], tokenizer, rows, SameOrder, bf16=cpu_has_bf16())
+    result["curves"]["same_order"] = ordered[1]
     for name, model in model_of.items():
-        plain = copy.deepcopy(first)
-        plain.load_state_dict(model.state_dict())
-        result["held_out"][name] = held_out(plain, unseen)
+        first.load_state_dict(model.state_dict())
+        result["held_out"][name] = held_out_loss(first, unseen)
     return result
 
 
-def ratio(result: dict, above: str, below: str) -> float:
-    pairs = zip(result["times"][above], result["times"][below], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
-def difference(result: dict) -> float:
-    """Largest relative difference of labkit and TRL on the same rows in the same order."""
-    ours, theirs = result["curves"]["labkit"], result["curves"]["same_order"]
-    pairs = [(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
-    pairs.append((result["held_out"]["labkit"], result["held_out"]["same_order"]))
-    return max(abs(a - b) / b for a, b in pairs)
-
-
 def summarize(result: dict) -> dict:
-    if "stock" in result["times"]:
-        result["stock_over_labkit"] = ratio(result, "stock", "labkit")
-    result["tuned_over_labkit"] = ratio(result, "tuned", "labkit")
-    result["packed_over_labkit"] = ratio(result, "packed", "labkit")
-    result["labkit_over_bare"] = ratio(result, "labkit", "bare")
-    if "labkit_compiled" in result["times"]:
-        result["tuned_over_labkit_compiled"] = ratio(result, "tuned", "labkit_compiled")
-        result["labkit_compiled_over_bare"] = ratio(result, "labkit_compiled", "bare")
-    result["largest_difference"] = difference(result)
+    for name in GOALS:
+        above, below = (result["times"].get(each) for each in name.split("_over_"))
+        if above and below:
+            result[name] = statistics.median(a / b for a, b in zip(above, below, strict=True))
+    # Of labkit and TRL on the same rows in the same order, relative.
+    curves, held_out = result["curves"], result["held_out"]
+    pairs = [(held_out["labkit"], held_out["same_order"])]
+    pairs += zip(dict(curves["labkit"]).values(), dict(curves["same_order"]).values(), strict=True)
+    result["largest_difference"] = max(abs(a - b) / b for a, b in pairs)
     result["equal_loss"] = result["largest_difference"] < 0.01
-    packages = ("torch", "transformers", "trl", "peft", "accelerate")
-    result["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    result["hardware"] = {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    result |= {"versions": record.versions(), "hardware": record.hardware()}
+    result["hardware"]["capability"] = torch.backends.cpu.get_cpu_capability()
     return result
 
 
 def show(result: dict) -> None:
-    print(
-        f"\n{'condition':16} µs/token (median)   first round in all   held-out loss   loss by step"
-    )
-    for name, times in result["times"].items():
-        curve = " ".join(f"{step}:{loss:.2f}" for step, loss in result["curves"][name])
-        print(
-            f"{name:16}{statistics.median(times):18.0f}{result['seconds'][name][0]:19.1f} s"
-            f"{result['held_out'][name]:16.3f}   {curve}"
-        )
-    for key, goal in (
-        ("stock_over_labkit", "≥ 2.7"),
-        ("tuned_over_labkit", "≥ 1.6"),
-        ("packed_over_labkit", ""),
-        ("labkit_over_bare", "≤ 1.1"),
-        ("stock_over_labkit_compiled", ""),
-        ("tuned_over_labkit_compiled", ""),
-        ("labkit_compiled_over_bare", ""),
-    ):
-        if key in result:
-            print(f"{key:28}{result[key]:6.2f}   {goal}")
+    print(f"\n{'condition':16} µs/token (median)   first round in all   held-out loss   loss curve")
+    for name, means in result["curves"].items():
+        times, seconds = (result[key].get(name, [float("nan")]) for key in ("times", "seconds"))
+        losses = " ".join(f"{step}:{loss:.2f}" for step, loss in means)
+        row = f"{name:16}{statistics.median(times):18.0f}{seconds[0]:19.1f} s"
+        print(f"{row}{result['held_out'][name]:16.3f}   {losses}")
+    for name, goal in GOALS.items():
+        if name in result:
+            print(f"{name:28}{result[name]:6.2f}   {goal}")
     verdict = "equal" if result["equal_loss"] else "NOT equal"
-    order, worst = result["curves"]["same_order"], result["largest_difference"]
-    print("same_order       " + " ".join(f"{step}:{loss:.2f}" for step, loss in order))
+    worst = result["largest_difference"]
     print(f"loss of labkit and of TRL in the same order {verdict}: {worst:.2%} apart at most")
 
 
-def main() -> None:
+if __name__ == "__main__":
     options = parse()
-    if options.steps <= WARM:
-        raise SystemExit(f"--steps: expected more than the {WARM} of the warm-up")
     if options.threads:
         torch.set_num_threads(options.threads)
     result = summarize(run(options))
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -25,6 +25,8 @@ from labkit import record
 Row = dict[str, Any]
 Measure = Callable[[Row], Row]
 Key = tuple[Any, ...]  # a condition: the values of the fields that tell it from the others
+Rates = Mapping[Key, Sequence[float]]  # the learning rates to search
+Conditions = Mapping[Key, Key | float]
 TUNING_SEED = 100  # no comparison uses it
 
 
@@ -36,9 +38,9 @@ def arguments(doc: str | None, seeds: int = 3, workers: int = 2, **settings: Any
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--json", type=Path, required=True, help="results; what is there is skipped")
+    p.add_argument("--workers", type=int, default=workers, help="processes")
     if seeds:
         p.add_argument("--seeds", type=int, default=seeds, help="how many: 1 is seed 0 only")
-    p.add_argument("--workers", type=int, default=workers, help="processes")
     p.add_argument("--only", nargs="+", default=[], help="only points with NAME=VALUE")
     for name, default in settings.items():
         option, required = f"--{name.replace('_', '-')}", isinstance(default, type)
@@ -112,8 +114,8 @@ def _pin(workers: int) -> None:
 def compare_tuned(
     measure: Measure,
     fields: Sequence[str],
-    learning_rates: Mapping[Key, Sequence[float]],
-    conditions: Mapping[Key, Key | float],
+    learning_rates: Rates,
+    conditions: Conditions,
     args: Any,
 ) -> None:
     """Finds learning rates among `learning_rates`, then runs all `conditions` over the seeds.
@@ -125,26 +127,22 @@ def compare_tuned(
     named = {key: dict(zip(fields, key, strict=True)) for key in {**learning_rates, **conditions}}
     wanted = {key: via for key, via in conditions.items() if selected([named[key]], args.only)}
     todo = {key: lrs for key, lrs in learning_rates.items() if key in wanted.values()}
-    tuning: dict[Key, Row] = {
-        key: {"stage": "tune"} | named[key] | {"seed": TUNING_SEED} | args.settings for key in todo
-    }
+    common: Row = {"seed": TUNING_SEED} | args.settings
+    tuning = {key: {"stage": "tune"} | named[key] | common for key in todo}
     best: dict[Key, float] = {}
     while todo:
         points = [tuning[key] | {"learning_rate": lr} for key, lrs in todo.items() for lr in lrs]
         rows = run(measure, points, args.json, args.workers)
         todo = {}
         for key, like in tuning.items():
-            tried = {
-                r["learning_rate"]: r["tuning_loss"] for r in rows if like.items() <= r.items()
-            }
+            like_it = [row for row in rows if like.items() <= row.items()]
+            tried = {row["learning_rate"]: row["tuning_loss"] for row in like_it}
             best[key] = min(sorted(tried), key=tried.__getitem__)
             beyond = {min(tried): best[key] / 2, max(tried): best[key] * 2}.get(best[key], 0.0)
             if min(learning_rates[key]) / 4 <= beyond <= max(learning_rates[key]) * 4:
                 todo[key] = (beyond,)
-    compared = [
-        {"stage": "compare"} | named[key] | {"learning_rate": best.get(via, via)}
-        for key, via in wanted.items()
-    ]
+    rates = {key: {"learning_rate": best.get(via, via)} for key, via in wanted.items()}
+    compared = [{"stage": "compare"} | named[key] | rate for key, rate in rates.items()]
     over_seeds(measure, compared, args)
 
 
@@ -159,12 +157,10 @@ def compare(new: Path, recorded: Path) -> None:
         print(label if same else f"{label}: not recorded")
         for name in (n for n, value in row.items() if type(value) in (int, float)):
             if name in same and name not in fields and not name.endswith("seconds"):
-                values = [r[name] for r in alike]
+                values, (ours, old) = [r[name] for r in alike], (row[name], same[name])
                 deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-                print(
-                    f"    {name:20} new {row[name]:<11.6g} recorded {same[name]:<11.6g} "
-                    f"difference {row[name] - same[name]:<+11.4g} deviation {deviation:.4g}"
-                )
+                line = f"    {name:20} new {ours:<11.6g} recorded {old:<11.6g} "
+                print(f"{line}difference {ours - old:<+11.4g} deviation {deviation:.4g}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
 """Encoded examples as batches: a few random examples, packed so that little is padded.
 
-Padding costs as much as text, and a batch already names the positions whose next token is part
-of a response. Grouping examples of similar length over many batches would avoid padding too, but
-such batches teach less: on the benchmark's examples the held-out loss after 40 steps was 5.2
-instead of 4.6. Here a batch is any random examples, and several short ones share a packed
-sequence, separated by position ids that restart. In a causal model no token sees what follows it,
-so padding on the right needs no attention mask. Text becomes examples in `data.encode`; whether a
-model keeps packed examples apart is tried in `logprobs.keeps_apart`.
+Padding costs as much as text. Batches of similar length would avoid it, but teach less: on the
+benchmark's examples the held-out loss after 40 steps was 5.2 instead of 4.6. Here several short
+examples share a packed sequence, separated by position ids that restart, where a model keeps
+them apart (`logprobs.keeps_apart`). In a causal model no token sees what follows it, so padding on
+the right needs no attention mask. Text becomes examples in `data.encode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MIN_CAPACITY = 128  # tokens of a packed sequence; shorter ones use a processor less well
-
-_Batch = TypeVar("_Batch", bound="Batch")
 
 
 class Example(NamedTuple):
@@ -35,22 +31,18 @@ class Example(NamedTuple):
 class Batch:
     """E examples in B sequences of T tokens, padded on the right; N response tokens to predict.
 
-    `input_ids` (B, T); `position_ids` (B, T) restart at each packed example, None where none are
-    packed; `mask` (B, T) is true for real tokens. `positions` (N,) are flat indices into B·T whose
-    next token is a response token, `targets` (N,) those tokens, `example` (N,) the numbers of
-    their examples, 0 to E-1; all three in the order of the sequences: see `by_example`. `starts`
-    (E,) are the flat indices of first tokens, `ends` (E,) of last ones. `tokens` counts without padding.
+    `positions`, `targets` and `example` are in the order of the sequences: see `by_example`.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor | None
-    mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    example: Tensor
-    starts: Tensor
-    ends: Tensor
-    tokens: int
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor | None  # (B, T), restart at each packed example; None if not packed
+    mask: Tensor  # (B, T), true for real tokens
+    positions: Tensor  # (N,), flat indices into B·T whose next token is a response token
+    targets: Tensor  # (N,), those tokens
+    example: Tensor  # (N,), the numbers of their examples, 0 to E-1
+    starts: Tensor  # (E,), flat indices of first tokens
+    ends: Tensor  # (E,), flat indices of last tokens
+    tokens: int  # without padding
 
     @property
     def size(self) -> int:
@@ -62,11 +54,10 @@ class Batch:
         """How many terms the loss is a mean over: what it weighs among accumulated batches."""
         return len(self.targets)
 
-    def to(self: _Batch, device: torch.device | str, **options: bool) -> _Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: t.to(device, **options) for n, t in tensors.items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
 
     def by_example(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values (N, …) of response tokens, split into those of each example, in its order."""
@@ -81,8 +72,7 @@ class Batch:
 def pack(examples: Sequence[Example], packing: bool = True, pad_id: int = 0) -> Batch:
     """A batch of examples; without `packing` each has a sequence of its own.
 
-    Nothing sees the padding, so any id can stand there. A first token is never a target:
-    nothing predicts it.
+    Nothing sees the padding, so any id can stand there. Nothing predicts a first token.
     """
     lengths = [len(example.ids) for example in examples]
     width = _capacity(lengths) if packing else max(lengths)
@@ -131,11 +121,10 @@ def _fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     left: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = [number for number, free in enumerate(left) if free >= lengths[i]]
+        tightest = min(fits, key=left.__getitem__, default=len(left))
         if not fits:
             filled.append([])
             left.append(capacity)
-            fits = [len(left) - 1]
-        tightest = min(fits, key=left.__getitem__)
         filled[tightest].append(i)
         left[tightest] -= lengths[i]
     return filled
@@ -148,10 +137,7 @@ def _capacity(lengths: Sequence[int]) -> int:
 
 
 class Shuffled(torch.utils.data.Sampler):
-    """Example numbers in an order that depends on the seed and the epoch only.
-
-    A resumed run so meets the batches that it would have met.
-    """
+    """Example numbers in an order of seed and epoch alone, so that a resumed run meets the same."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch = count, seed, 0

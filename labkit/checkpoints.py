@@ -6,6 +6,7 @@ A record is written last into each `checkpoint-<step>`, so a folder that has one
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -23,16 +24,29 @@ RECORD, STATE = "made_with.json", "state.safetensors"
 
 
 def fingerprint(model: nn.Module, examples: Sequence[Any] = ()) -> dict[str, Any]:
-    """Of what a run starts from: examples, shapes of trained weights, sum of the frozen ones."""
-    crc, frozen, shapes = 0, 0.0, {}
+    """Of what a run starts from: examples, shapes of trained weights, sum of all that is frozen,
+    and under its own name each number or text that layers have as a setting, such as `lora_alpha`.
+    """
+    crc, frozen = 0, 0.0
+    settings: dict[str, set[str]] = {}
     for ids, mask in flat(examples):
         crc = zlib.crc32(mask.tobytes(), zlib.crc32(ids.tobytes(), crc))
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            shapes[name] = list(p.shape)
-        else:
-            frozen += float(p.detach().abs().sum(dtype=torch.float64))
-    return {"examples": crc, "frozen weights": f"{frozen:.6e}", "trained weights": shapes}
+    for item in examples:  # what another model said of a pair
+        if (known := getattr(item, "reference", None)) is not None:
+            crc = zlib.crc32(known.tobytes(), crc)
+    trained = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.requires_grad:
+            size = tensor.abs() if tensor.is_floating_point() else tensor
+            frozen += float(size.sum(dtype=torch.float64))
+    for module in model.modules():
+        for name, value in [("layers", type(module)), *vars(module).items()]:
+            value = getattr(value, "__name__", value)  # of a class, or of an activation
+            kinds = {type(v) for v in (value.values() if isinstance(value, dict) else [value])}
+            if kinds <= {int, float, str} and not re.search("^_|_cached$|_path$", name):
+                settings.setdefault(f"model.{name}", set()).add(str(value))
+    made = {"examples": crc, "frozen weights": f"{frozen:.6e}", "trained weights": trained}
+    return {name: sorted(values) for name, values in settings.items()} | made
 
 
 def complete(folder: Path, made: dict[str, Any]) -> None:
@@ -48,17 +62,12 @@ def newest(folder: str | Path, made: dict[str, Any]) -> Path:
     """
     found = _complete(Path(folder).expanduser())
     if not found:
-        raise FileNotFoundError(
-            f"resume: expected a folder with a complete checkpoint, found none in {folder}; leave "
-            "resume empty to start at step 0"
-        )
+        raise FileNotFoundError(f"resume: expected a complete checkpoint in {folder}, found none")
     kept, own = json.loads((found[0] / RECORD).read_text("utf-8")), json.loads(json.dumps(made))
     for name in sorted({*kept, *own}):
         if kept.get(name) != own.get(name):
-            raise ValueError(
-                f"resume: {found[0]} was made with {name} = {str(kept.get(name))[:80]}, got "
-                f"{str(own.get(name))[:80]}; resume with what the run began with"
-            )
+            was, now = str(kept.get(name))[:80], str(own.get(name))[:80]
+            raise ValueError(f"resume: {found[0]} was made with {name} = {was}, got {now}")
     return found[0]
 
 
@@ -98,10 +107,10 @@ def load(
     folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, made: dict[str, Any]
 ) -> dict[str, Any]:
     """Puts what `save` wrote back, of the newest checkpoint, and returns its state; see `newest`."""
+    moments: dict[int, dict[str, torch.Tensor]] = {}
     with safe_open(newest(folder, made) / STATE, "pt") as file:
         state = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for key in [key for key in tensors if "|" in key]:
         number, name = key.split("|")
         moments.setdefault(int(number), {})[name] = tensors.pop(key)
@@ -114,13 +123,11 @@ def check_unused(folder: str | Path) -> None:
     """Raises ValueError if `folder` has checkpoints: they would be mixed up with a new run's."""
     folder = Path(folder).expanduser()
     if found := [f.name for f in _complete(folder) if f.parent == folder]:
-        raise ValueError(
-            f"output_dir: expected a folder without checkpoints for a new run, found {found[0]} in "
-            f"{folder}; name another, or go on from it by resume"
-        )
+        raise ValueError(f"output_dir: {folder} has {found[0]} of another run; take a new folder")
 
 
 def _complete(folder: Path) -> list[Path]:
+    """Complete checkpoints in or below `folder`, the last step's first."""
     found = [f.parent for f in (folder / RECORD, *folder.glob(f"**/checkpoint-*/{RECORD}"))]
     whole = [f for f in found if (f / RECORD).is_file() and f.name.rpartition("-")[2].isdigit()]
     return sorted(whole, key=_step, reverse=True)

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import click
 from labkit import notebooks, record
 from labkit import report as page
 
+_STOPPING = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 _PATH = click.Path(path_type=Path)
 _names = click.argument("names", nargs=-1, metavar="NAME...")
 _all = click.option("--all", "all_", is_flag=True, help="All notebooks.")
@@ -31,8 +33,8 @@ def app() -> None:
     A NAME is a notebook's full name, or a part of it: 02_lora, lora or 02.
     """
     # A scheduler, or a closed terminal, ends a run as Ctrl-C does; nohup's choice stays.
-    for kind in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
-        if kind and signal.getsignal(kind) == signal.SIG_DFL:
+    for kind in _STOPPING:
+        if signal.getsignal(kind) == signal.SIG_DFL:
             signal.signal(kind, _stop)
 
 
@@ -72,14 +74,10 @@ def run(names, parameter, file, profile, output, all_, keep_going, force):  # ty
     """Run notebooks headless; of parameters in the profile, the file and -p, the last wins."""
     plans = []
     for path in _chosen(names, all_):
-        values = notebooks.validate(_profile(profile, path) if profile else {}, path)
-        values |= notebooks.validate(_yaml(file) if file else {}, path)
-        values |= notebooks.validate(dict(parameter), path)
-        given = notebooks.parameters(path) | values
-        if not force and given.get("model", "tinytown") != "tinytown":  # which fits everywhere
-            from labkit import memory
-
-            memory.check_fits(path.stem, given)
+        from_profile = _profile(profile, path) if profile else {}
+        from_file = _yaml(file) if file else {}
+        values = notebooks.validate(from_profile, path, from_file, dict(parameter))
+        _check(path.stem, notebooks.parameters(path) | values, force)
         plans.append((path, values))
     failed: list[str] = []
     for path, values in plans:
@@ -95,7 +93,7 @@ def run(names, parameter, file, profile, output, all_, keep_going, force):  # ty
 @click.option("--out", type=_PATH, help="The page, by default runs/report.html.")
 def report(root: Path | None, out: Path | None) -> None:
     """Make one HTML page of all runs below ROOT/runs: a table, the curves, the claims."""
-    click.echo(_short(page.write(root, out)))
+    click.echo(page.write(root, out))
 
 
 @app.command()
@@ -117,28 +115,45 @@ def refresh(names: tuple[str, ...], all_: bool) -> None:
         click.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
 
 
-class _Progress:
-    """One updating line on a terminal; elsewhere one line for each section."""
+def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
+    """Refuses a resumed run, data or a model that will not do. Tinytown always does."""
+    record.check_resume(notebook, given)
+    for name in ("data", "pretraining_texts", "preferences"):
+        if given.get(name, "tinytown") != "tinytown":
+            from labkit import data, pairs, templates
 
-    def __init__(self, path: Path) -> None:
-        self._name, self._began, self._section, self._shown = path.stem, time.perf_counter(), "", ""
+            rows = data.load(given[name], limit=1)  # all are read
+            (learns,) = (n.learns for n in notebooks.available() if n.name == notebook)
+            look: Any = {"answers": templates.response, "preferences": pairs.best_first}[learns]
+            for row in rows if name == "data" else []:
+                look(row)
+    if not force and given.get("model", "tinytown") != "tinytown":
+        from labkit import memory
 
-    def __call__(self, cell: Any, cell_index: int) -> None:
-        if cell.cell_type == "markdown":
-            for title in re.findall(r"(?m)^##? (.+)", cell.source):
-                self._section = title
-        elif sys.stderr.isatty() or self._section != self._shown:
-            seconds, self._shown = time.perf_counter() - self._began, self._section
-            text = f"{self._name}: cell {cell_index + 1} · {seconds:.0f} s · {self._section}"
-            line = f"\r\x1b[K{text[:100]}" if sys.stderr.isatty() else f"{text}\n"
-            click.echo(line, nl=False, err=True)
+        memory.check_fits(notebook, given)
 
 
 def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
+    """Runs a notebook, with a line of progress on a terminal; elsewhere, one for each section."""
+    began, on_terminal, section, shown = time.perf_counter(), sys.stderr.isatty(), "", ""
+
+    def say(text: str) -> None:
+        with suppress(OSError):  # the terminal is closed
+            click.echo(text, nl=False, err=True)
+
+    def on_cell(cell: Any, cell_index: int) -> None:
+        nonlocal section, shown
+        if cell.cell_type == "markdown":
+            section = [section, *re.findall(r"(?m)^##? (.+)", cell.source)][-1]
+        elif on_terminal or section != shown:
+            shown, seconds = section, time.perf_counter() - began
+            text = f"{path.stem}: cell {cell_index + 1} · {seconds:.0f} s · {section}"
+            say(f"\r\x1b[K{text[:100]}" if on_terminal else f"{text}\n")
+
     try:
-        notebooks.execute(path, out, values, cwd, _Progress(path))
+        notebooks.execute(path, out, values, cwd, on_cell)
     finally:
-        click.echo("\r\x1b[K" if sys.stderr.isatty() else "", nl=False, err=True)
+        say("\r\x1b[K" if on_terminal else "")
 
 
 def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
@@ -150,12 +165,16 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
         status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         error = _failure(path.stem, failure)
-        click.echo(f"labkit: {error}", err=True)
-    record.close(folder, path.stem, values, status, error)
-    click.echo(f"{path.stem}: {status} · {time.perf_counter() - began:.0f} s · {_short(folder)}")
     if status == "interrupted":
-        if "resume" in notebooks.parameters(path):
-            click.echo(f"To go on from its last checkpoint, add: -p resume {_short(folder)}")
+        for kind in _STOPPING:  # the record is to be closed, whatever else comes
+            signal.signal(kind, signal.SIG_IGN)
+    record.close(folder, path.stem, values, status, error)
+    if error:
+        click.echo(f"labkit: {error}", err=True)
+    click.echo(f"{path.stem}: {status} · {time.perf_counter() - began:.0f} s · {folder}")
+    if status != "finished" and record.can_resume(folder):
+        click.echo(f"To go on from its last checkpoint, add: -p resume {folder}")
+    if status == "interrupted":
         raise SystemExit(1)
     return status == "finished"
 
@@ -177,12 +196,11 @@ def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
 def _profile(profile: str, path: Path) -> dict[str, Any]:
     """Of a profile, the parameters that the notebook has, and those of NAME/<notebook>.yaml."""
     folder = notebooks.folder() / "params"
-    file, own = folder / f"{profile}.yaml", folder / profile / f"{path.stem}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
-        raise ValueError(f"no --profile {profile!r}; there are: {known}")
+    own, known = folder / profile / f"{path.stem}.yaml", {f.stem: f for f in folder.glob("*.yaml")}
+    if profile not in known:
+        raise ValueError(f"no --profile {profile!r}; there are: {', '.join(sorted(known))}")
     mine = notebooks.parameters(path).keys() | notebooks.renamed(path).keys()
-    values = {name: value for name, value in _yaml(file).items() if name in mine}
+    values = {name: value for name, value in _yaml(known[profile]).items() if name in mine}
     return values | (_yaml(own) if own.is_file() else {})
 
 
@@ -190,16 +208,12 @@ def _yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
+        values = yaml.safe_load(file.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(values or {}, dict):
+    if not isinstance(values, dict):
         raise ValueError(f"{file}: expected `name: value` lines, got {values!r:.80}")
-    return values or {}
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return values
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -30,20 +30,32 @@ from labkit.templates import render as render
 _HELD_OUT = ("validation", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$", re.IGNORECASE)
-# The chapter's table 5.4.3, and the preference data of 5.5: how `datasets` loads them; terms as
-# their cards state them. Other sets of P3: bigscience/P3:NAME.
-REGISTERED: dict[str, dict[str, Any]] = {
-    "alpaca": {"path": "tatsu-lab/alpaca"},  # CC BY-NC 4.0; 52,002 rows, English
-    "flan": {"path": "Muennighoff/flan"},  # no terms; 62 sets, English
-    "p3": {"path": "bigscience/P3", "name": "ag_news_classify"},  # Apache-2.0; 660 sets, English
-    "belle": {"path": "BelleGroup/train_2M_CN"},  # GPL-3.0; 2,000,000 rows, Chinese
-    "coig": {"path": "BAAI/COIG"},  # Apache-2.0; 97,739 rows, Chinese, those not translated
-    "sharegpt": {"path": "anon8231489123/ShareGPT_Vicuna_unfiltered"},  # Apache-2.0; 94,000 chats
-    "hh-rlhf": {"path": "Anthropic/hh-rlhf"},  # MIT; 169,352 pairs, English
+
+
+class Registered(NamedTuple):
+    """A public data set known by name: where it is, under which terms, how large."""
+
+    hub: str
+    licence: str  # what the card states
+    size: str
+    config: str | None = None
+    files: str | None = None
+    revision: str | None = None
+
+
+_COIG = ("NoTranslate/train/*.parquet", "refs/convert/parquet")  # those not translated
+_VICUNA = "anon8231489123/ShareGPT_Vicuna_unfiltered"
+_JSON = "ShareGPT_V3_unfiltered_cleaned_split.json"
+# The chapter's table 5.4.3, and the preference data of 5.5. Other sets of P3: bigscience/P3:NAME.
+REGISTERED = {
+    "alpaca": Registered("tatsu-lab/alpaca", "CC BY-NC 4.0", "52,002 rows, English"),
+    "flan": Registered("Muennighoff/flan", "none on the card", "62 sets, English"),
+    "p3": Registered("bigscience/P3", "Apache-2.0", "660 sets, English", "ag_news_classify"),
+    "belle": Registered("BelleGroup/train_2M_CN", "GPL-3.0", "2,000,000 rows, Chinese"),
+    "coig": Registered("BAAI/COIG", "Apache-2.0", "97,739 rows, Chinese", None, *_COIG),
+    "sharegpt": Registered(_VICUNA, "Apache-2.0 on the card", "94,000 conversations", None, _JSON),
+    "hh-rlhf": Registered("Anthropic/hh-rlhf", "MIT", "169,352 pairs, English"),
 }
-_COIG = {"data_files": "NoTranslate/train/*.parquet", "revision": "refs/convert/parquet"}
-REGISTERED["coig"] |= _COIG
-REGISTERED["sharegpt"]["data_files"] = "ShareGPT_V3_unfiltered_cleaned_split.json"
 
 
 def load(
@@ -71,15 +83,6 @@ def load(
     if path := _local(data):
         return _sample(_file_part(convert(_read(path), data), split), limit, seed)
     return _load_hub(data, split, limit, seed, revision)
-
-
-def check(data: str) -> None:
-    """Raises what `load` would of a name, and of a file's place, kind and first row.
-
-    Takes milliseconds; but JSON that is not JSON lines has to be read whole.
-    """
-    if path := _local(str(data)):
-        convert(islice(_read(path), 1), str(data))
 
 
 def _local(data: str) -> Path | None:
@@ -213,11 +216,11 @@ def _sample(rows: list, limit: int | None, seed: int) -> list:
 def _load_hub(data: str, split: str, limit: Any, seed: int, revision: str | None) -> list[Row]:
     import datasets
 
-    path, _, name = data.partition(":")
-    options = REGISTERED.get(data, {"path": path, "name": name or None})
-    options = options | ({"revision": revision} if revision else {})
+    hub, _, config = data.partition(":")
+    entry = REGISTERED.get(data) or Registered(hub, "see its card", "", config or None)
+    options = {"data_files": entry.files, "revision": revision or entry.revision}
     try:
-        sets = datasets.load_dataset(**options)
+        sets = datasets.load_dataset(entry.hub, entry.config, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(f"data: {data!r} did not load from the hub: {error!r}") from error
     rows, positions = _part(sets, split)

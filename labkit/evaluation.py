@@ -1,8 +1,7 @@
 """Measures a model: exact answers, perplexity on plain text, held-out loss, answers side by side.
 
 Every score comes with its sample size, and shares with a Wilson interval: on a few hundred
-examples the difference between two runs is often noise. Win rates, refusals and lm-eval tasks
-belong here too, once there are models to compare by them.
+examples the difference between two runs is often noise.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import models
-from .batching import Example, pack
-from .templates import Row, prompt_text, renderer, response
+from .batching import Batch, Example, pack
+from .templates import Row, renderer, response
 
 Check = Callable[[Row, str], bool]
 
@@ -48,27 +48,10 @@ class Evaluation:
     def by(self, key: str) -> dict[Any, tuple[float, int]]:
         """Accuracy and number of rows for each value of a column, such as `task` or `lang`."""
         groups: dict[Any, list[bool]] = defaultdict(list)
-        for number, (row, right) in enumerate(zip(self.rows, self.correct, strict=True), start=1):
-            if key not in row:
-                raise ValueError(f"key: row {number} has no column {key!r}, only {', '.join(row)}")
+        for row, right in zip(self.rows, self.correct, strict=True):
             groups[row[key]].append(right)
-        return {
-            value: (sum(groups[value]) / len(groups[value]), len(groups[value]))
-            for value in sorted(groups, key=str)
-        }
-
-    def samples(self, k: int = 5) -> list[dict[str, Any]]:
-        """k rows spread evenly: prompt, expected, response, correct."""
-        count = min(k, self.n)
-        return [
-            {
-                "prompt": prompt_text(self.rows[i]),
-                "expected": response(self.rows[i]),
-                "response": self.responses[i],
-                "correct": self.correct[i],
-            }
-            for i in (j * self.n // count for j in range(count))
-        ]
+        found = sorted(groups.items(), key=lambda group: str(group[0]))
+        return {value: (sum(right) / len(right), len(right)) for value, right in found}
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -95,16 +78,9 @@ def exact(
 
     if not rows:
         raise ValueError("rows: expected at least one row to evaluate on, got none")
-    render_row = renderer(tokenizer, template)
-    prompts = [render_row(row)[0] for row in rows]
-    answers = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens or _longest(rows, tokenizer),
-        batch_size=batch_size,
-    )
-    return score(rows, answers, check)
+    render, limit = renderer(tokenizer, template), max_new_tokens or _longest(rows, tokenizer)
+    options = {"max_new_tokens": limit, "batch_size": batch_size}
+    return score(rows, generate(model, tokenizer, [render(r)[0] for r in rows], **options), check)
 
 
 def _longest(rows: list[Row], tokenizer: Any) -> int:
@@ -116,9 +92,9 @@ def _longest(rows: list[Row], tokenizer: Any) -> int:
 
 def score(rows: list[Row], responses: list[str], check: Check | None = None) -> Evaluation:
     """Checks answers that are already there; see `exact`."""
-    check = check or _default_check
     pairs = zip(rows, responses, strict=True)
-    return Evaluation(rows, list(responses), [bool(check(row, text)) for row, text in pairs])
+    correct = [bool((check or _default_check)(row, text)) for row, text in pairs]
+    return Evaluation(rows, list(responses), correct)
 
 
 def _default_check(row: Row, answer: str) -> bool:
@@ -146,15 +122,11 @@ def perplexity(
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts: expected a list of at least one text, got {texts!r:.80}")
     max_length = min(max_length, models.context_length(model) or max_length)
-    if max_length < 2:
-        raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
     windows = [
         np.array(ids[start : start + max_length])
         for ids in tokenizer(list(texts), verbose=False)["input_ids"]
         for start in range(0, max(len(ids) - 1, 0), max_length - 1)
     ]
-    if not windows:
-        raise ValueError("texts: expected texts of at least two tokens, got only shorter ones")
     return math.exp(held_out_loss(model, [Example(w, w * 0 + 1) for w in windows], batch_size))
 
 
@@ -167,26 +139,20 @@ def perplexity_by(
 
 def held_out_loss(model: Any, examples: Sequence[Example], batch_size: int = 32) -> float:
     """Mean loss per response token, in nats, over encoded examples (`data.encode`)."""
-    import torch
-
-    from .logprobs import evaluating, response_logps
+    from .logprobs import response_logps
+    from .training import mean_loss
 
     if not any(example.mask[1:].any() for example in examples):
-        raise ValueError("examples: expected response tokens to score, got none")
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    with evaluating(model), torch.no_grad():
-        for start in range(0, len(ordered), batch_size):
-            batch = pack(ordered[start : start + batch_size], packing=False).to(device)
-            total -= response_logps(model, batch).double().sum().item()
-            count += len(batch.targets)
-    return total / count
+        raise ValueError("examples, texts: expected a token to predict, got none")
+
+    def nll(network: Any, batch: Batch) -> tuple[Any, dict]:
+        return -response_logps(network, batch).double().mean(), {}
+
+    return mean_loss(model, examples, nll, partial(pack, packing=False), batch_size)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1); the deviation of one value is 0."""
-    if not values:
-        raise ValueError("values: expected at least one number, got none")
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -235,8 +201,8 @@ class Agreement:
         Bins of equal width over probabilities from 0.5 to 1, without the empty ones: `predicted`
         (mean probability), `observed` (fraction right), `low` and `high` (Wilson), `n` (pairs).
         """
-        margins = np.array(self.margins)
-        sure, groups = 1 / (1 + np.exp(-np.abs(margins))), []
+        margins, groups = np.array(self.margins), []
+        sure = 1 / (1 + np.exp(-np.abs(margins)))
         number = np.minimum((2 * sure - 1) * bins, bins - 1).astype(int)
         for inside in (number == i for i in np.unique(number)):
             right, n = int((margins[inside] > 0).sum()), int(inside.sum())
@@ -247,6 +213,5 @@ class Agreement:
 
     def calibration_error(self, bins: int = 5) -> float:
         """Mean of |observed - predicted| over the bins, each counted by its pairs."""
-        found = self.calibration(bins)
-        off = sum(abs(b["observed"] - b["predicted"]) * b["n"] for b in found)
-        return off / len(self.margins)
+        off = (abs(b["observed"] - b["predicted"]) * b["n"] for b in self.calibration(bins))
+        return sum(off) / len(self.margins)

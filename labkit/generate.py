@@ -2,10 +2,9 @@
 
     x_t = min {i : sum over j <= i of p(j | x_<t) > u_t}        u_t uniform in [0, 1)
 
-This inverts the cumulative distribution, so an example depends on its own u only. Batches can be
-cut in any way, examples that have ended leave theirs, several processes can share the work: the
-samples stay the same, up to rounding. Temperature 0 takes the most probable token. Of the model's
-own generation settings only the EOS tokens count. Left out: top-k, top-p, beam search.
+This inverts the cumulative distribution, so an example depends on its own u only: however batches
+are cut or processes share the work, samples stay the same, up to rounding. Temperature 0 takes the
+most probable token. Of the model's own generation settings only the EOS tokens count.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from transformers import DynamicCache
 
 from labkit import models, templates
 from labkit.logprobs import evaluating, has_soft_prompt
+from labkit.models import eos_ids
 from labkit.templates import Row
 
 log = logging.getLogger("labkit")
@@ -50,10 +50,8 @@ def sample(
     similar length share a batch, padded on the left. Dropout is off. Raises ValueError.
     """
     if max_new_tokens < 1 or batch_size < 1 or not temperature >= 0:
-        given = f"{max_new_tokens}, {batch_size}, {temperature}"
-        raise ValueError(
-            f"max_new_tokens, batch_size, temperature: expected 1, 1, 0 up, got {given}"
-        )
+        given = f"got {max_new_tokens}, {batch_size}, {temperature}"
+        raise ValueError(f"max_new_tokens, batch_size, temperature: expected 1, 1, 0 up, {given}")
     if uniforms is None:
         uniforms = np.random.default_rng().random((len(ids), max_new_tokens))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -64,9 +62,8 @@ def sample(
             u = torch.from_numpy(uniforms[batch]).to(model.device)
             tokens = _sample_batch(model, [ids[i] for i in batch], u, ends, temperature)
             for i, found in zip(batch, tokens.tolist(), strict=True):
-                responses[i] = found[
-                    : next((t + 1 for t, x in enumerate(found) if x in ends), None)
-                ]
+                stop = next((t + 1 for t, x in enumerate(found) if x in ends), None)
+                responses[i] = found[:stop]
     return responses
 
 
@@ -126,7 +123,6 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
     PEFT would put a soft prompt or prefix in front at every call; here it is read once.
     """
     base: Any = models.base_model(model)
-    settings: Any = getattr(model, "active_peft_config", None)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         return model, None, 0
     if not has_soft_prompt(model):
@@ -135,15 +131,7 @@ def _begin(model: Any, count: int) -> tuple[Any, DynamicCache | None, int]:
     if isinstance(cache, Tensor):
         inputs, cache = {"inputs_embeds": cache.to(base.dtype)}, DynamicCache(config=base.config)
         base(**inputs, past_key_values=cache, use_cache=True)
-    return base, cache, settings.num_virtual_tokens
-
-
-def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
-    """The tokens that end a response: the template's, the tokenizer's, the model's own."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return templates.eos_ids(tokenizer, template) | {
-        *([own] if isinstance(own, int) else own or ())
-    }
+    return base, cache, model.active_peft_config.num_virtual_tokens
 
 
 def texts(tokenizer: Any, responses: Sequence[Sequence[int]], ends: set[int]) -> list[str]:
@@ -172,15 +160,21 @@ def generate(
     ids, capacity = _tokens(tokenizer, prompts), _capacity(model, max_new_tokens)
     if cut := sum(len(prompt) > capacity for prompt in ids):
         log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
-    ids, ends = [prompt[-capacity:] for prompt in ids], eos_ids(model, tokenizer)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
-    return texts(tokenizer, sample(model, ids, ends=ends, batch_size=batch_size, **options), ends)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    ids, options["batch_size"] = [prompt[-capacity:] for prompt in ids], batch_size
+    return _sample_texts(model, tokenizer, ids, "auto", seed, options)
+
+
+def _sample_texts(
+    model: Any, tokenizer: Any, ids: list, template: str, seed: Any, options: dict[str, Any]
+) -> list[str]:
+    ends = eos_ids(model, tokenizer, template)
+    uniforms = np.random.default_rng(seed).random((len(ids), options["max_new_tokens"]))
+    return texts(tokenizer, sample(model, ids, ends=ends, uniforms=uniforms, **options), ends)
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    options = {"add_special_tokens": False, "verbose": False}
-    ids = tokenizer(list(prompts), **options)["input_ids"] if prompts else []
+    ids = templates.tokenize(prompts, tokenizer)
     if [] in ids:
         raise ValueError(f"prompts: prompt {ids.index([]) + 1}: expected a token or more, got none")
     return ids
@@ -220,22 +214,18 @@ def encode_prompts(
         raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
     if len(done := [prompt for prompt in prompts if isinstance(prompt, Prompt)]) == len(prompts):
         return done
-    render, rows = templates.renderer(tokenizer, template), []
-    for number, given in enumerate(prompts, 1):
-        row = {"prompt": given} if isinstance(given, str) else given
+    rows: list[Any] = [{"prompt": p} if isinstance(p, str) else p for p in prompts]
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
-            raise ValueError(f"prompts: prompt {number}: expected text or a row, got {given!r}")
-        rows.append(row)
+            raise ValueError(f"prompts: prompt {number}: expected text or a row, got {row!r}")
     contents = [row["prompt"] if "prompt" in row else templates.turns(row) for row in rows]
     asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
-    rendered = [render(row)[0] for row in asked]
+    rendered = [text for text, _ in map(templates.renderer(tokenizer, template), asked)]
     ids, capacity = _tokens(tokenizer, rendered), _capacity(model, max_new_tokens)
     for number, tokens in enumerate(ids, 1):
         if len(tokens) > capacity:
-            raise ValueError(
-                f"prompts: prompt {number}: expected at most {capacity} tokens (the model's "
-                f"context less max_new_tokens), got {len(tokens)}"
-            )
+            expected = f"expected at most {capacity} tokens (context less max_new_tokens)"
+            raise ValueError(f"prompts: prompt {number}: {expected}, got {len(tokens)}")
     return [Prompt(*fields) for fields in zip(rows, contents, rendered, ids, strict=True)]
 
 
@@ -256,8 +246,7 @@ def responses(
     probabilities do.
     """
     encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens)
-    ids, ends = [p.ids for p in encoded for _ in range(each)], eos_ids(model, tokenizer, template)
+    ids = [prompt.ids for prompt in encoded for _ in range(each)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    options["uniforms"] = np.random.default_rng(seed).random((len(ids), max_new_tokens))
-    found = texts(tokenizer, sample(model, ids, ends=ends, **options), ends)
+    found = _sample_texts(model, tokenizer, ids, template, seed, options)
     return [found[i : i + each] for i in range(0, len(found), each)]

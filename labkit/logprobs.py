@@ -2,17 +2,16 @@
 
     log p(y | x) = sum over response tokens t of log p(x_t | x_<t)
 
-Every loss and every comparison of models (SFT, DPO, ORPO, PPO, perplexity) reads them from here,
-so that masks and shifts cannot drift apart. Only the N positions that predict a response token
-enter the output head: neither prompts nor padding cost logits. Logits are float32, masks are
-1 = keep. Shapes: E examples, N response tokens, V vocabulary entries, H hidden size.
+Every loss and comparison of models reads them from here, so that masks and shifts cannot drift
+apart. Only the N positions that predict a response token enter the output head: neither prompts
+nor padding cost logits. Logits are float32, masks are 1 = keep. Shapes: E examples, N response
+tokens, V vocabulary entries, H hidden size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,11 +23,6 @@ from torch import Tensor, nn
 
 from labkit.batching import Batch, Example, pack
 from labkit.models import base_model
-
-# Right padding needs no mask in a causal model; older ones, such as GPT-2, ask for one all the same.
-logging.getLogger("transformers.modeling_utils").addFilter(
-    lambda record: "passing in an `attention_mask`" not in record.getMessage()
-)
 
 
 def response_logps(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -54,8 +48,7 @@ def token_logps(output: Any, batch: Batch, temperature: float = 1.0) -> tuple[Te
 def forward(model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
     """Hidden states (N, H) before the output head, and the model's output with logits (N, V).
 
-    The model runs as usual, wrapped or not; only what enters its output head is narrowed from
-    (B, T, H) to (N, H), so whatever it does to its logits still holds.
+    The model runs as usual, wrapped or not; only what enters its output head is narrowed to (N, H).
     """
     ids, kept = batch.input_ids, []
     if batch.position_ids is not None:
@@ -63,23 +56,21 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Any
 
     def narrow(module: nn.Module, args: tuple) -> tuple:
         soft = args[0].shape[1] - ids.shape[1]  # tokens that a soft prompt puts in front
-        row = batch.positions.div(ids.shape[1], rounding_mode="floor")
-        kept.append(args[0].flatten(0, 1).index_select(0, batch.positions + soft * (row + 1)))
+        places = batch.positions + soft * (batch.positions // ids.shape[1] + 1)
+        kept.append(args[0].flatten(0, 1).index_select(0, places))
         return kept[0], *args[1:]
 
-    head = base_model(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(narrow)
-    try:
+    with base_model(model).get_output_embeddings().register_forward_pre_hook(narrow):
         output = model(input_ids=ids, use_cache=False, **options)
-    finally:
-        handle.remove()
     return kept[0], output
 
 
 def router_coefficient(model: nn.Module) -> float:
     """The weight of a mixture of experts' auxiliary loss; 0 for other models."""
-    base = base_model(model)
-    return getattr(base, "router_aux_loss_coef", 0.0) if hasattr(base, "num_experts") else 0.0
+    base: Any = base_model(model)
+    if not hasattr(base, "num_experts"):
+        return 0.0
+    return getattr(base, "router_aux_loss_coef", getattr(base, "aux_loss_coef", 0.0))
 
 
 def router_loss(model: nn.Module, output: Any, batch: Batch) -> Tensor:
@@ -99,29 +90,33 @@ def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
     return sum_by_example(values, batch) / sum_by_example(torch.ones_like(values), batch)
 
 
-@torch.no_grad()
 def keeps_apart(model: nn.Module) -> bool:
-    """Whether packed examples do not see each other, tried exactly on two short ones.
+    """Whether packed examples do not see each other, tried on two short ones.
 
-    The first is exchanged; the second's hidden states must stay what they are to the last bit. A soft
-    prompt stands before a sequence's first example only, and some architectures carry positions
-    or a state of their own across position ids that restart.
+    The gradient of the second's hidden states in the first's embeddings must be 0 to the last bit.
+    (The states themselves may move by rounding: the experts of a mixture share products.) A soft
+    prompt stands before the first example only, and some models see across restarted positions.
     """
-    if has_soft_prompt(model):
-        return False
     backbone, device = base_model(model).base_model, next(model.parameters()).device
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+    accepted = inspect.signature(backbone.forward).parameters
+    if has_soft_prompt(model) or "position_ids" not in accepted:
         return False
-    last = backbone.get_input_embeddings().num_embeddings - 1
+    embedding, embedded = backbone.get_input_embeddings(), []
+    texts = [np.arange(1, n) % embedding.num_embeddings for n in (7, 5)]
+    batch = pack([Example(ids, np.ones_like(ids)) for ids in texts]).to(device)
 
-    def second(first: list[int]) -> Tensor:
-        texts = [np.minimum(ids, last) for ids in (first, [3, 4, 5, 6])]
-        batch = pack([Example(ids, np.ones_like(ids)) for ids in texts]).to(device)
-        hidden = backbone(batch.input_ids, position_ids=batch.position_ids, use_cache=False)[0]
-        return hidden.flatten(0, 1)[batch.starts[1] : batch.ends[1] + 1]
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        embedded.append(output.requires_grad_())
 
-    with evaluating(model), torch.autocast(device.type, enabled=False):
-        return torch.equal(second([1, 2, 3, 4, 5, 6]), second([6, 5, 1, 2, 2, 1]))
+    plain = torch.autocast(device.type, enabled=False)
+    with embedding.register_forward_hook(keep), evaluating(model), torch.enable_grad(), plain:
+        both = (t for t in (batch.input_ids, batch.position_ids) if t is not None)
+        ids, places = (t[:, : batch.tokens] for t in both)  # without padding, to save memory
+        hidden = backbone(ids, position_ids=places, use_cache=False)[0]
+    second = hidden.flatten(0, 1)[batch.starts[1] : batch.ends[1] + 1]
+    varied = torch.linspace(-1, 1, second.numel()).view_as(second).to(second)  # no norm cancels it
+    (gradient,) = torch.autograd.grad(second, embedded, varied)
+    return not gradient.flatten(0, 1)[batch.starts[0] : batch.ends[0] + 1].any()
 
 
 def has_soft_prompt(model: nn.Module) -> bool:
@@ -142,29 +137,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x (float32) where `mask`, of x's shape, is set, over `dim` or everything.
-
-    NaN where nothing is set: there is no mean of nothing.
-    """
+    """Mean of x (float32) where `mask`, of x's shape, is set, over `dim` or everything; or NaN."""
     if x.shape != mask.shape:
         raise ValueError(f"mask: expected shape {tuple(x.shape)} of x, got {tuple(mask.shape)}")
-    kept, count = _kept(x.float(), mask), mask.bool()
-    if dim is None:
-        return kept.sum() / count.sum()
-    return kept.sum(dim) / count.sum(dim)
+    count = mask.bool()  # a product with it would let a masked NaN through
+    return x.float().masked_fill(~count, 0.0).sum(dim) / count.sum(dim)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """(x − mean) / √(variance + eps) over the kept entries; 0 elsewhere.
 
-    The kept entries then have mean 0 and mean square 1 (population variance, as in
-    openai/lm-human-preferences).
+    The variance is the population's, as in openai/lm-human-preferences.
     """
     centred = x.float() - masked_mean(x, mask)
     variance = masked_mean(centred**2, mask)
-    return _kept(centred * torch.rsqrt(variance + eps), mask)
-
-
-def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask is set, 0 elsewhere; a product would let a masked NaN through."""
-    return x.masked_fill(~mask.bool(), 0.0)
+    return (centred * torch.rsqrt(variance + eps)).masked_fill(~mask.bool(), 0.0)

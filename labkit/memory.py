@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,22 +27,24 @@ from transformers import AutoConfig
 
 from labkit import models, plots, tinytown
 from labkit.show import Table
-from labkit.simulation import OVERHEAD, STATES, WEIGHTS, Setting, simulate
+from labkit.simulation import OVERHEAD, STATES, WEIGHTS, Setting, depths, simulate
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need: `parts`, bytes by name, add up to `total`; None is an unknown device's.
+    """What a run will need: `parts`, bytes by name, add up to `total`.
 
-    `allocated` is what torch's allocator should say: without the runtime overhead, and without paged
-    states on a GPU, which the driver can move to the host.
+    `allocated` is what torch's allocator should say: no runtime overhead, no paged states on a GPU.
+    `names`, of a notebook's parameters, are all that its reader can change.
     """
 
     name: str
     config: Any
+    depths: tuple[int, ...]
     setting: Setting
-    device_memory: float | None
+    device_memory: float | None  # None: not known
     parts: dict[str, float]
+    names: Mapping[str, str] | None = None  # of settings: the parameters
 
     @property
     def total(self) -> float:
@@ -59,9 +62,13 @@ class Plan:
     @cached_property
     def nearest(self) -> Plan | None:
         """The plan of the first milder setting that fits, or None; itself, if it does."""
-        settings = itertools.chain([self.setting], _milder(self.setting))
-        plans = (replace(self, setting=s, parts=simulate(self.config, s)) for s in settings)
-        return self if self.fits is not False else next((plan for plan in plans if plan.fits), None)
+        if self.fits is not False:
+            return self
+        for setting in _milder(self.setting, self.names):
+            parts = simulate(self.config, setting, self.depths)
+            if (milder := replace(self, setting=setting, parts=parts)).fits:
+                return milder
+        return None
 
     @property
     def advice(self) -> str:
@@ -73,7 +80,8 @@ class Plan:
         if self.fits or self.nearest is None:
             return f"{need}: it fits." if self.fits else f"{need}; take a smaller model."
         before, after = asdict(self.setting), asdict(self.nearest.setting)
-        change = ", ".join(f"{k}={after[k]!r}" for k in before if before[k] != after[k])
+        changed = [k for k in before if before[k] != after[k]]
+        change = ", ".join(f"{(self.names or {}).get(k, k)}={after[k]!r}" for k in changed)
         return f"{need}. Nearest setting that fits: {change} ({_readable(self.nearest.total)})."
 
     @property
@@ -85,10 +93,9 @@ class Plan:
 
     def rows(self) -> list[dict[str, str]]:
         """The parts and their sum as rows of a table."""
-        sizes, total = self.parts | {"total": self.total}, self.total
         return [
-            {"part": part, "needs": _readable(size), "share": f"{size / total:.1%}"}
-            for part, size in sizes.items()
+            {"part": part, "needs": _readable(size), "share": f"{size / self.total:.1%}"}
+            for part, size in (self.parts | {"total": self.total}).items()
         ]
 
     def __repr__(self) -> str:
@@ -100,8 +107,8 @@ class Plan:
 
     def figure(self) -> Any:
         """The parts on top of each other, and the device's limit as a line."""
-        figure, axes = plots.figure_axes(title=self.title, ylabel="memory (GB)")
-        foot = 0.0
+        title, foot = textwrap.fill(self.title, 50), 0.0
+        figure, axes = plots.figure_axes(title=title, ylabel="memory (GB)")
         for (part, size), colour in zip(self.parts.items(), plots.COLOURS, strict=False):
             axes.bar([self.setting.technique], size / 1e9, 0.5, foot, color=colour, label=part)
             foot += size / 1e9
@@ -115,25 +122,27 @@ def _readable(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _milder(s: Setting) -> Iterator[Setting]:
+def _milder(s: Setting, names: Mapping[str, str] | None) -> Iterator[Setting]:
     """Settings that may need less, the mildest change first, each on top of those before."""
-    half, ppo_ = max(1, s.batch_size // 2), s.technique == "ppo"
-    steps: list[dict[str, Any]] = [{"batch_size": half}, {"batch_size": 1}]
-    if not ppo_:  # the batch of a step stays what it was
-        for step in steps:
-            step["gradient_accumulation"] = (
-                s.gradient_accumulation * s.batch_size // step["batch_size"]
-            )
-    if s.technique not in ("prefix", "ppo"):
-        steps.insert(1, {"gradient_checkpointing": True})
-    if s.technique in ("full", "reward"):
-        steps.append({"optimizer": "paged_adamw_8bit" if s.device == "cuda" else "adamw_8bit"})
-    others = {"full": ["lora", "qlora"], "qlora": [], "reward": []}.get(s.technique, ["qlora"])
-    steps += [{"rank": s.rank or 8}] if ppo_ else [{"technique": other} for other in others]
-    steps += [{"sequence_length": s.sequence_length >> k} for k in (1, 2, 3)]
+    sizes = max(1, s.batch_size // 2), 1
+    if s.technique == "ppo":
+        steps: list[dict[str, Any]] = [{"batch_size": size} for size in sizes]
+        steps.append({"rank": s.rank or 8})
+    else:  # the batch of a step stays what it was
+        count = s.gradient_accumulation * s.batch_size
+        steps = [{"batch_size": n, "gradient_accumulation": count // n} for n in sizes]
+        if s.technique != "prefix":
+            steps.insert(1, {"gradient_checkpointing": True})
+        if s.technique in ("full", "reward"):
+            steps.append({"optimizer": "paged_adamw_8bit" if s.device == "cuda" else "adamw_8bit"})
+        others = {"full": ["lora", "qlora"], "qlora": [], "reward": []}
+        steps += [{"technique": other} for other in others.get(s.technique, ["qlora"])]
+    steps += [{"sequence_length": max(2, s.sequence_length >> k)} for k in (1, 2, 3)]
     for step in steps:
-        s = replace(s, **step)
-        yield s
+        can = {k: value for k, value in step.items() if names is None or k in names}
+        before, s = s, replace(s, **can)
+        if s != before:
+            yield s
 
 
 def plan(
@@ -164,9 +173,10 @@ def plan(
         half = device == "cuda" or (models.cpu_has_bf16() and count >= 1_000_000)
         precision = "mixed" if half else "fp32"
     fixed: dict[str, Any] = {"technique": technique, "device": device, "precision": precision}
-    setting = Setting(**fixed, **options)
+    setting, found = Setting(**fixed, **options), depths(network)
     memory = free(device) if device_memory is None else float(device_memory)
-    return Plan(f"{name}, {size} parameters", config, setting, memory, simulate(config, setting))
+    parts = simulate(config, setting, found)
+    return Plan(f"{name}, {size} parameters", config, found, setting, memory, parts)
 
 
 def free(device: str) -> float | None:
@@ -236,32 +246,28 @@ def chapter_table() -> list[dict[str, Any]]:
     One example of 512 tokens on a GPU, checkpointing, rank 16; float32 weights with bfloat16
     arithmetic where all of them train, else bfloat16.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    options: dict[str, Any] = {"device": "cuda", "gradient_checkpointing": True, "rank": 16}
     for technique, size in itertools.product(CHAPTER, LLAMA):
-        found = plan(
-            llama(size),
-            technique,
-            device="cuda",
-            precision="mixed" if technique == "full" else "bf16",
-            gradient_checkpointing=True,
-            rank=16,
-        )
-        row: dict[str, Any] = {"model": f"LLaMA-{size}", "technique": technique}
-        row["chapter, GB"] = CHAPTER[technique][[*LLAMA].index(size)]
-        row["planned, GB"] = round(found.total / 1e9, 1)
-        row["reason"] = REASONS[technique].format(_readable(found.parts[WEIGHTS]))
-        rows.append(row)
+        precision = "mixed" if technique == "full" else "bf16"
+        found = plan(llama(size), technique, precision=precision, **options)
+        names = ("model", "technique", "chapter, GB", "planned, GB", "reason")
+        numbers = CHAPTER[technique][[*LLAMA].index(size)], round(found.total / 1e9, 1)
+        reason = REASONS[technique].format(_readable(found.parts[WEIGHTS]))
+        rows.append(dict(zip(names, (f"LLaMA-{size}", technique, *numbers, reason), strict=True)))
     return rows
 
 
-STAGES = {  # the techniques that a notebook trains, by its name without the number
-    "full_finetuning": ["full"],
-    "instruction_tuning": ["full"],
-    "lora": ["lora"],
-    "qlora": ["qlora"],
-    "prefix_tuning": ["prefix"],
-    "adapter": ["adapter"],
-    "rlhf": ["full", "reward", "ppo"],
+STAGES = {  # the techniques that a notebook trains, and the parameter that can leave one out
+    "full_finetuning": {"full": ""},
+    "instruction_tuning": {"full": ""},
+    "lora": {"lora": "", "full": "full_learning_rate"},
+    "qlora": {"qlora": "", "lora": "compare"},
+    "prefix_tuning": {"prefix": ""},
+    "adapter": {"adapter": ""},
+    "rlhf": {"full": "", "reward": "", "ppo": ""},
+    "dpo": {"full": ""},
+    "peft_comparison": {t: f"{t}_learning_rate" for t in "full lora qlora prefix adapter".split()},
 }
 NAMES = {"max_length": "sequence_length", "length": "prefix_length"}  # a notebook's: ours
 
@@ -276,18 +282,29 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
     common = {key: own[key] for key in Setting.__dataclass_fields__ if key in own}  # type: ignore[attr-defined]
     if own.get("dtype") in ("bfloat16", "float16"):
         common["precision"] = "bf16"
+    if "minibatch_size" in own:  # rankings of Tinytown have up to four responses
+        common |= {"batch_size": min(16, own["minibatch_size"]), "ranked": 4}
     plans: list[Plan] = []
-    for technique in STAGES.get(name.partition("_")[2], []):
+    for technique, switch in STAGES.get(name.partition("_")[2], {}).items():
         stage: dict[str, Any] = {}
-        if "minibatch_size" in own:  # rankings of Tinytown have up to four responses
-            stage = {"batch_size": min(16, own["minibatch_size"]), "ranked": 4}
+        names = {NAMES.get(key, key): key for key in values}
+        if "minibatch_size" in own:
+            names["batch_size"] = "minibatch_size"
         if technique == "reward":
             stage["precision"] = "auto"  # its model is a float32 copy, whatever the policy's type
         if technique == "ppo":
-            stage["batch_size"], stage["rank"] = own["minibatch_size"], own["lora_rank"]
+            stage = {"batch_size": own["minibatch_size"], "rank": own["lora_rank"]}
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])
             stage["held"] = plans[-1].parts[WEIGHTS]
-        plans.append(plan(own.get("model", "tinytown"), technique, **common | stage))
+            names["rank"] = "lora_rank"
+        if name.endswith("_dpo"):  # two responses per pair; the reference is done before
+            technique = "lora" if own["lora_rank"] else technique
+            stage = {"rank": own["lora_rank"] or None}
+            stage["sequence_length"] = 2 * own["sequence_length"]
+            del names["sequence_length"]
+        if not switch or own.get(switch):
+            found = plan(own.get("model", "tinytown"), technique, **common | stage)
+            plans.append(replace(found, names=names))
     return plans
 
 

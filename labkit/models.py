@@ -8,6 +8,7 @@ or the EOS is never learned. What a trainer leaves on a model is taken off (`unc
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -22,6 +23,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from labkit import templates
 from labkit.state import snapshot
 from labkit.state import unchanged as unchanged
 
@@ -30,9 +32,7 @@ log = logging.getLogger("labkit")
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in record.getMessage()
 )
-DTYPES = {"auto": torch.float32} | {
-    k: getattr(torch, k) for k in ("float32", "bfloat16", "float16")
-}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAVED = re.compile(
     r"(|generation_|adapter_)config\.json|.*\.safetensors(|\.index\.json)|labkit\.json|README\.md"
     r"|tokenizer.*|(special_tokens_map|added_tokens)\.json|chat_template\.jinja|merges\.txt|vocab\..*"
@@ -53,42 +53,36 @@ def load(
     `device` "auto" the first GPU if there is one; for `pad_token` see `check_tokenizer`.
     Raises OSError for what is not there or not reached, ValueError for what cannot be used.
     """
-    device = find_device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    device = find_device(device)
     base = Path(__file__).parent / "tinytown" / "base"
     place = base if model == "tinytown" else Path(model).expanduser()
     if place.is_dir() and not (place / "config.json").is_file():
         raise FileNotFoundError(f"model: {place} has no config.json (adapters: see load_adapter)")
-    name = str(place) if place.exists() else str(model)
+    name, revision = str(place) if place.exists() else model, revision or "main"
+    options = {"use_safetensors": True, "output_loading_info": True}
+    options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     try:
         with no_progress_bar():
-            network, tokenizer = _read(name, DTYPES[dtype], revision or "main")
+            # One commit for all; for "main" transformers would ask a server to convert pickles.
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+            revision = getattr(config, "_commit_hash", None) or revision
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+            read = transformers.AutoModelForCausalLM.from_pretrained
+            network, info = read(name, revision=revision, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     except Exception as error:
         kind, reason = OSError if isinstance(error, OSError) else ValueError, str(error).split()
-        raise kind(
-            f"model: {model!r} could not be loaded as safetensors: {' '.join(reason)}"
-        ) from error
-    check_tokenizer(tokenizer, pad_token)
-    _fit_embeddings(network, tokenizer)
-    for config in filter(None, (network.config, network.generation_config)):
-        config.pad_token_id = tokenizer.pad_token_id
-    return network.to(device).eval(), tokenizer
-
-
-def _read(name: str, dtype: torch.dtype, revision: str) -> tuple[Any, Any]:
-    # One commit for all files; for "main" transformers would ask a server to convert pickles.
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    revision = getattr(config, "_commit_hash", None) or revision
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-    options = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
-    read = transformers.AutoModelForCausalLM.from_pretrained
-    network, info = read(name, revision=revision, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        raise kind(f"model: {model!r} cannot be loaded: {' '.join(reason)}") from error
     if getattr(network, "loss_type", "") is None:  # GPT-2's class name says nothing of its loss
         network.loss_type = "ForCausalLM"
-    return network, tokenizer
+    check_tokenizer(tokenizer, pad_token)
+    _fit_embeddings(network, tokenizer)
+    for settings in filter(None, (network.config, network.generation_config)):
+        settings.pad_token_id = tokenizer.pad_token_id
+    return network.to(device).eval(), tokenizer
 
 
 def find_device(device: str = "auto") -> str:
@@ -107,7 +101,7 @@ def check_tokenizer(tokenizer: Any, pad_token: str | None = "auto") -> Any:
     """
     pad, eos = tokenizer.pad_token, tokenizer.eos_token
     if eos is None:
-        raise ValueError("tokenizer: expected an EOS token (eos_token), got none; set one")
+        raise ValueError("tokenizer: expected an EOS token (eos_token), got none")
     if pad_token == "auto" and pad in (None, eos):
         pad_token = _spare_token(tokenizer)
         log.warning("pad_token: %r is missing or the EOS token; using %r instead", pad, pad_token)
@@ -159,7 +153,7 @@ def meta_model(config: Any) -> Any:
     """A model without memory for its weights, from a configuration, a dict, a folder or a file."""
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
-        config = json.loads((path if path.suffix == ".json" else path / "config.json").read_text())
+        config = json.loads((path if path.is_file() else path / "config.json").read_text())
     if isinstance(config, dict):
         config = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
@@ -169,12 +163,16 @@ def meta_model(config: Any) -> Any:
 def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     """Write model (or adapter) and tokenizer as safetensors: all of it or nothing.
 
-    An earlier model in `folder` is replaced at the end. Raises FileExistsError for a folder with
-    other files, ValueError for a base in four bits.
+    An earlier model in `folder` is replaced at the end. The saved generation settings know all
+    `eos_ids`. Raises FileExistsError for a folder with other files, ValueError for a base in four
+    bits and for weights that are not finite.
     """
     folder, adapter = Path(folder).expanduser().absolute(), hasattr(model, "get_base_model")
     if not adapter and _made_of(model)["weights"] == "4-bit":
         raise ValueError("model: four bits cannot be saved; save an adapter, or use qlora.merge")
+    for name, p in model.named_parameters():
+        if p.itemsize > 1 and not p.isfinite().all():
+            raise ValueError(f"model: expected finite weights, got inf or NaN in {name}")
     for path in folder.iterdir() if folder.exists() else ():
         if not SAVED.fullmatch(path.name) and not (path / "adapter_config.json").is_file():
             raise FileExistsError(f"folder: {folder} holds {path.name}, which would be lost")
@@ -185,6 +183,9 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
         with no_progress_bar():
             # PEFT would add an embedding that has grown, which fits no published base.
             model.save_pretrained(scratch, **({"save_embedding_layers": False} if adapter else {}))
+        if not adapter and (settings := copy.deepcopy(getattr(model, "generation_config", None))):
+            settings.eos_token_id = sorted(eos_ids(model, tokenizer)) or None
+            settings.save_pretrained(scratch)
         for config in scratch.rglob("adapter_config.json"):  # a named adapter has its own folder
             (config.parent / "labkit.json").write_text(json.dumps({"base": _made_of(model)}))
         tokenizer.save_pretrained(scratch)
@@ -197,6 +198,15 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
     return folder
+
+
+def eos_ids(model: Any, tokenizer: Any, template: str = "auto") -> set[int]:
+    """The tokens that end a response: the template's, the tokenizer's, the model's own."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or ())} - {None}
+    with contextlib.suppress(ValueError):  # a chat template that takes no plain question
+        ends |= templates.eos_ids(tokenizer, template)
+    return ends
 
 
 def _made_of(model: Any) -> dict[str, Any]:
@@ -247,7 +257,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
 
 
 def base_model(model: Any) -> Any:
-    """The model of transformers under PEFT's wrapper and that of distributed training."""
+    """The model of transformers under wrappers of PEFT and of distributed training."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -295,6 +305,12 @@ def context_length(model: Any) -> int | None:
     context = getattr(model.config, "max_position_embeddings", None)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
     return context and context - (virtual or 0)
+
+
+def warn_of_half_precision(model: Any) -> None:
+    """Warns if weights that train have two bytes, in which small steps are lost."""
+    if any(p.requires_grad and p.itemsize == 2 for p in model.parameters()):
+        log.warning("model: small steps are lost in half precision; load it with dtype='float32'")
 
 
 def cpu_has_bf16() -> bool:

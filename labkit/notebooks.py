@@ -6,29 +6,20 @@ papermill executes them, and checks no values: that is done here, before a kerne
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
+from labkit.record import write_text
 
-@dataclass
-class NotebookInfo:
-    """What `labkit list` shows; all but name, path and title come from the metadata `labkit`."""
-
-    name: str
-    path: Path
-    title: str
-    question: str = ""
-    seconds_cpu: int | None = None
-    memory_mb: int | None = None
-    claims: list[int] = field(default_factory=list)
+ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
+ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold
 
 
 def folder() -> Path:
@@ -39,14 +30,14 @@ def folder() -> Path:
     return place
 
 
-def available() -> list[NotebookInfo]:
-    """All notebooks of the folder, in the order of their names."""
+def available() -> list[SimpleNamespace]:
+    """Name, path, title and what is in `ABOUT` of all notebooks, in the order of their names."""
     found = []
     for path in sorted(folder().glob("[0-9]*.ipynb")):
         cells, about = _read(path)
         title = re.search(r"^# (.+)$", cells[0]["source"] if cells else "", re.MULTILINE)
-        known = {k: about[k] for k in about.keys() & NotebookInfo.__dataclass_fields__.keys()}
-        found.append(NotebookInfo(path.stem, path, title[1] if title else path.stem, **known))
+        names = {"name": path.stem, "path": path, "title": title[1] if title else path.stem}
+        found.append(SimpleNamespace(**ABOUT | about | names))
     return found
 
 
@@ -58,14 +49,10 @@ def find(name: str) -> Path:
     known = {n.lower(): p for p in paths for n in (*p.stem.split("_", 1), p.stem)}
     wanted = Path(name).stem.lower().replace("-", "_")
     if wanted not in known:
-        raise ValueError(f"no notebook is called {name!r}{nearest(wanted, known)}; see labkit list")
+        raise ValueError(
+            f"no notebook is called {name!r}; there are {', '.join(p.stem for p in paths)}"
+        )
     return known[wanted]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """', did you mean …?' with the known name most like `name`, or nothing."""
-    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f", did you mean {match[0]!r}?" if match else ""
 
 
 def parameters(path: Path) -> dict[str, Any]:
@@ -90,34 +77,41 @@ def renamed(path: Path) -> dict[str, str]:
     return _read(path)[1].get("renamed", {})
 
 
-def validate(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def validate(values: dict[str, Any], path: Path, *later: dict[str, Any]) -> dict[str, Any]:
     """Check `values` against the notebook's parameters and return them in the right types.
 
-    The type is the default's; limits are in the metadata. A text is converted where the
-    parameter is none. Raises `ValueError` naming the parameter, what was expected and what came.
+    The entries of `later` win. The type is the default's; limits are in the metadata, and so is
+    what must be a multiple of another parameter. A text is converted where the parameter is none.
+    Raises `ValueError` naming the parameter, what was expected and what came.
     """
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    defaults, limits, former = parameters(path), _read(path)[1].get("limits", {}), renamed(path)
-    checked = {}
-    for given, value in values.items():
-        if (name := former.get(given, given)) != given:
-            logging.getLogger("labkit").warning("%s: %r is now %r", path.stem, given, name)
+    about, defaults, given = _read(path)[1], parameters(path), {}
+    for old, value in (item for source in (values, *later) for item in source.items()):
+        name = about.get("renamed", {}).get(old, old)
+        if name != old:
+            logging.getLogger("labkit").warning("%s: %r is now %r", path.stem, old, name)
         if name not in defaults:
-            near = f"{nearest(name, defaults)}; it has: {', '.join(defaults) or 'none'}"
-            raise ValueError(f"{path.stem} has no parameter {name!r}{near}")
-        default, text, read = defaults[name], isinstance(value, str), value
+            raise ValueError(f"{path.stem} has no parameter {name!r}; it has {', '.join(defaults)}")
+        given[name] = value
+    checked = defaults | given
+    for name, value in given.items():
+        text, default = isinstance(value, str), defaults[name]
         if text and not isinstance(default, (str, int, float)):  # a list, or of any type
             with suppress(yaml.YAMLError):
-                read = yaml.safe_load(value)
-        kind = TypeAdapter(_type(default, limits.get(name)))
+                checked[name] = yaml.safe_load(value)
+        kind = TypeAdapter(_type(default, about.get("limits", {}).get(name)))
         try:
-            checked[name] = kind.validate_python(read, strict=not text)
+            checked[name] = kind.validate_python(checked[name], strict=not text)
         except ValidationError as error:
             reason = f"{error.errors()[0]['msg']} (default {default!r}); got {value!r}"
             raise ValueError(f"{path.stem}: parameter {name!r}: {reason}") from None
-    return checked
+    for name, part in about.get("multiples", {}).items():
+        if checked[name] % checked[part]:
+            multiple = f"expected a multiple of {part} = {checked[part]}, got {checked[name]}"
+            raise ValueError(f"{path.stem}: parameter {name!r}: {multiple}")
+    return {name: checked[name] for name in given}
 
 
 def execute(path: Path, out: Path, values: dict[str, Any], cwd: Path, on_cell: Callable) -> None:
@@ -133,10 +127,14 @@ def execute(path: Path, out: Path, values: dict[str, Any], cwd: Path, on_cell: C
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if os.environ.get("WANDB_MODE") == "offline":
+        os.environ["WANDB_MODE"] = "dryrun"  # the same, but transformers prints no line about it
     # Other users of the machine must not read what kernel and papermill say.
     private = Config({"KernelManager": {"transport_encryption": "auto"}})
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
     options |= {"cwd": cwd, "on_cell_start": on_cell, "config": private}
+    # jupyter_client interrupts an idle kernel before it stops it, which the kernel calls an error.
+    options |= {"extra_arguments": ["--log-level=CRITICAL"]}
     try:
         papermill.execute_notebook(path, out, parameters=values, **options)
     finally:
@@ -160,7 +158,7 @@ def clean(path: Path) -> None:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
-    path.write_text(nbformat.writes(nb).rstrip("\n") + "\n", encoding="utf-8")
+    write_text(path, nbformat.writes(nb).rstrip("\n") + "\n")
 
 
 def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:
@@ -173,15 +171,20 @@ def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:
         raise ValueError(f"{path} is not a notebook of nbformat 4: {error!r}") from error
 
 
-def _type(default: Any, limits: list[Any] | None) -> Any:
-    """The default's type, with its limits: [lowest, highest], one may be None, or the choices."""
+def _type(default: Any, limits: Any) -> Any:
+    """The default's type with its limits, which hold for each item of a list.
+
+    They are [lowest, highest], of which one may be None, a list of texts to choose from, or
+    rules of pydantic's `Field`, such as {"gt": 0, "lt": 1} or {"min_length": 1}.
+    """
     from pydantic import Field
 
     if isinstance(default, (list, tuple)):
         same = len({type(item) for item in default}) == 1
         return list[_type(default[0], limits)] if same else list  # type: ignore[misc]
-    if limits and isinstance(limits[0], str):
+    if isinstance(limits, list) and isinstance(limits[0], str):
         return Literal[tuple(limits)]
-    if limits:
-        return Annotated[type(default), Field(ge=limits[0], le=limits[1])]
-    return Any if default is None else type(default)
+    rules = {"ge": limits[0], "le": limits[1]} if isinstance(limits, list) else dict(limits or {})
+    if isinstance(default, float):
+        rules["allow_inf_nan"] = False
+    return Any if default is None else Annotated[type(default), Field(**rules)]

@@ -141,6 +141,6 @@ def _cut(both: list[tuple[list[int], list[int]]], limit: int, bos: int | None) -
             space = max(0, limit - longest - len(head))
             prompt = head + prompt[len(prompt) - space :]
             response = response[: limit - len(prompt)]
-        mask = np.repeat([0, 1], [len(prompt), len(response)])
+        mask: np.ndarray = np.repeat([0, 1], [len(prompt), len(response)])
         examples.append(Example(np.array(prompt + response), mask))
     return examples

@@ -1,22 +1,66 @@
 """The figures of the notebooks, in one style. Seeds are shown as mean and standard deviation.
 
 Each function returns a matplotlib Figure that belongs to no window, so a cell that ends in it
-shows it exactly once.
+shows it exactly once. `labels` are the title, xlabel, ylabel, logx and logy of `figure_axes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from itertools import cycle
 from statistics import fmean, stdev
 from typing import Any
 
 COLOURS = ("#2563a8", "#d1603d", "#3c8d5a", "#8a5aa8", "#b08a2e", "#5b6770")
 Series = Mapping[str, tuple[Sequence[float], Sequence[Any]]]  # {label: (x values, y values)}
+Seeds = Mapping[str, Sequence[Any]]  # {label: for each x a number, or the values of the seeds}
 _CJK_FONTS = "Noto Sans CJK SC, Source Han Sans SC, WenQuanYi Micro Hei, PingFang SC, SimHei"
-_STYLE: dict[str, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
+_STYLE: dict[str, Any] = {"font.size": 9, "legend.fontsize": 8, "legend.frameon": False}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+_STYLE |= {"axes.axisbelow": True, "grid.alpha": 0.25, "lines.markersize": 4, "errorbar.capsize": 3}
+_STYLE |= {"figure.figsize": (6.4, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True}
+_STYLE |= {"axes.prop_cycle": f"cycler(color={COLOURS})"}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """As a decorator: what a function draws, legends and ticks too, has the notebooks' style."""
+    import matplotlib as mpl
+    from matplotlib.font_manager import fontManager
+
+    cjk = {font.name for font in fontManager.ttflist} & {*_CJK_FONTS.split(", ")}
+    with mpl.rc_context(_STYLE | {"font.family": ["DejaVu Sans", *sorted(cjk)]}):
+        yield
+
+
+def _figure(**options: Any) -> Any:
+    """A figure that shows itself in a notebook, whether or not pyplot was ever imported."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def png() -> bytes:
+        whole, small = BytesIO(), BytesIO()
+        figure.savefig(whole, format="png")
+        # Shades of a few hues: a palette of 96 takes a third of the bytes in a notebook.
+        image = Image.open(whole).convert("RGB").quantize(96, dither=Image.Dither.NONE)
+        image.save(small, format="png", optimize=True)
+        return small.getvalue()
+
+    figure: Any = Figure(**options)
+    figure._repr_png_ = png
+    return figure
+
+
+@_style()
+def figure_axes(
+    *, title: str, ylabel: str = "", xlabel: str = "", logx: bool = False, logy: bool = False
+) -> tuple[Any, Any]:
+    """An empty figure in the notebooks' style, and its axes."""
+    figure = _figure()
+    scales = {"xscale": "log" if logx else "linear", "yscale": "log" if logy else "linear"}
+    return figure, figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel, **scales)
 
 
 def loss_curve(
@@ -28,91 +72,79 @@ def loss_curve(
     return lines(series, xlabel="step", ylabel=ylabel, title=title)
 
 
-def lines(series: Series, *, logx: bool = False, logy: bool = False, **labels: str) -> Any:
+@_style()
+def lines(series: Series, **labels: Any) -> Any:
     """One line for each label of `{label: (x values, y values)}`."""
     figure, axes = figure_axes(**labels)
-    for (label, (x, y)), colour in zip(series.items(), cycle(COLOURS), strict=False):
-        marker = "o" if len(x) <= 20 else None
-        axes.plot(x, y, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
-    return _finished(figure, axes, series, logx, logy)
+    for label, (x, y) in series.items():
+        axes.plot(x, y, label=label, marker="o" if len(x) <= 20 else None)
+    return _with_legend(figure, axes, series)
 
 
-def sweep(
-    x: Sequence[float],
-    series: Mapping[str, Sequence[Sequence[float]]],
-    *,
-    logx: bool = False,
-    logy: bool = False,
-    reference: Mapping[str, float] | None = None,
-    **labels: str,
-) -> Any:
+@_style()
+def sweep(x: Sequence[float], series: Seeds, *, reference: Any = None, **labels: Any) -> Any:
     """A hyperparameter's effect, `{label: [values of the seeds, for each x]}`, as mean ± std.
 
-    `reference` draws horizontal lines, such as full fine-tuning in a sweep of ranks.
+    `reference`, `{label: y}`, draws horizontal lines, such as full fine-tuning's.
     """
     figure, axes = figure_axes(**labels)
-    for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
-        mean, std = zip(*map(_mean_std, values), strict=True)
-        axes.errorbar(x, mean, std, color=colour, label=label, marker="o", markersize=4, capsize=3)
+    for label, values in series.items():
+        axes.errorbar(x, *_mean_std(values), label=label, marker="o")
     references = reference or {}
     for (label, value), style in zip(references.items(), cycle(("--", ":", "-.")), strict=False):
         axes.axhline(value, color="#333333", linestyle=style, linewidth=1, label=label)
-    _finished(figure, axes, {**series, **references}, logx, logy)
-    if logx:  # the values that were tried, not powers of ten
+    if labels.get("logx"):  # the values that were tried, not powers of ten
         axes.set_xticks(list(x), [f"{v:g}" for v in x])
         axes.minorticks_off()
-    return figure
+    return _with_legend(figure, axes, {**series, **references})
 
 
+@_style()
 def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
     """Small pictures over one x axis, three in a row: `{y label: {label: (x, y)}}`.
 
     Each y is a number, or the values of the seeds. A label has one colour in all pictures.
     """
-    import matplotlib as mpl
-
     names = dict.fromkeys(label for picture in series.values() for label in picture)
     colours = dict(zip(names, cycle(COLOURS), strict=False))
     columns, rows, shown = min(3, len(series)), -(-len(series) // 3), {}
-    with mpl.rc_context(_style()):
-        size = (3.1 * columns, 2.3 * rows + 0.4)
-        figure = _figure_class()(figsize=size, dpi=100, layout="constrained")
-        figure.suptitle(title, fontsize=11)
-        for place, (ylabel, picture) in enumerate(series.items(), start=1):
-            axes = figure.add_subplot(rows, columns, place, xlabel=xlabel, ylabel=ylabel)
-            for label, (x, y) in picture.items():
-                mean, std = zip(*map(_mean_std, y), strict=True)
-                (shown[label],) = axes.plot(x, mean, color=colours[label], linewidth=1.5)
-                low, high = ([m + k * s for m, s in zip(mean, std, strict=True)] for k in (-1, 1))
-                axes.fill_between(x, low, high, color=colours[label], alpha=0.15, linewidth=0)
+    figure = _figure(figsize=(3.1 * columns, 2.3 * rows + 0.4))
+    figure.suptitle(title, fontsize=11)
+    for place, (ylabel, picture) in enumerate(series.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place, xlabel=xlabel, ylabel=ylabel)
+        for label, (x, y) in picture.items():
+            mean, std = _mean_std(y)
+            (shown[label],) = axes.plot(x, mean, color=colours[label])
+            low, high = ([m + k * s for m, s in zip(mean, std, strict=True)] for k in (-1, 1))
+            axes.fill_between(x, low, high, color=colours[label], alpha=0.15, linewidth=0)
     if any(names):
-        options = dict(frameon=False, fontsize=8, loc="outside lower center", ncols=5)
-        figure.legend([shown[name] for name in names], names, **options)
+        figure.legend([shown[n] for n in names], names, loc="outside lower center", ncols=5)
     return figure
 
 
-def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: str) -> Any:
+@_style()
+def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> Any:
     """Bars of `{label: number or values of the seeds}`, or grouped: `{series: {label: …}}`."""
     grouped = bool(values) and all(isinstance(v, Mapping) for v in values.values())
-    groups: dict[str, Mapping[str, Any]] = dict(values) if grouped else {"": values}
+    groups: Mapping[str, Any] = values if grouped else {"": values}
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure, axes = figure_axes(**labels)
     width = 0.8 / len(groups)
-    for i, (name, group) in enumerate(groups.items()):
+    for i, (label, group) in enumerate(groups.items()):
         places = [names.index(n) + (i - (len(groups) - 1) / 2) * width for n in group]
-        mean, std = zip(*map(_mean_std, group.values()), strict=True)
-        error, colour = std if any(std) else None, COLOURS[i % len(COLOURS)]
-        axes.bar(places, mean, width * 0.95, yerr=error, capsize=3, color=colour, label=name)
+        mean, std = _mean_std(group.values())
+        axes.bar(places, mean, width * 0.95, yerr=std if any(std) else None, label=label)
     turned = dict(rotation=30, ha="right") if sum(map(len, names)) > 60 else {}
     axes.set_xticks(range(len(names)), names, **turned)
     if percent:
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _finished(figure, axes, groups)
+    return _with_legend(figure, axes, groups)
 
 
+@_style()
 def matrix(
-    rows: Any, *, xlabels: Sequence[str], ylabels: Sequence[str], label: str, **labels: str
+    rows: Any, *, xlabels: Sequence[str], ylabels: Sequence[str], label: str, **labels: Any
 ) -> Any:
     """A table of numbers as colours with the numbers written in; `label` names the colours."""
     figure, axes = figure_axes(**labels)
@@ -129,54 +161,13 @@ def matrix(
     return figure
 
 
-def figure_axes(*, title: str, ylabel: str = "", xlabel: str = "") -> tuple[Any, Any]:
-    """An empty figure in the notebooks' style, and its axes."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_style()):
-        figure = _figure_class()(figsize=(6.4, 3.6), dpi=100, layout="constrained")
-        return figure, figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+def _mean_std(values: Iterable[Any]) -> tuple[list[float], list[float]]:
+    """Means and standard deviations; each of `values` is a number or the values of the seeds."""
+    seeds = [[float(x) for x in (v if isinstance(v, Sequence) else [v])] for v in values]
+    return [fmean(xs) for xs in seeds], [stdev(xs) if len(xs) > 1 else 0.0 for xs in seeds]
 
 
-@cache
-def _figure_class() -> type:
-    from matplotlib.figure import Figure
-
-    class LabFigure(Figure):
-        """Shows itself in a notebook, whether or not pyplot was ever imported."""
-
-        def _repr_png_(self) -> bytes:
-            from io import BytesIO
-
-            from PIL import Image
-
-            buffer, small = BytesIO(), BytesIO()
-            self.savefig(buffer, format="png")
-            # Shades of a few hues: a palette of 96 takes a third of the bytes in a notebook.
-            image = Image.open(buffer).convert("RGB").quantize(96, dither=Image.Dither.NONE)
-            image.save(small, format="png", optimize=True)
-            return small.getvalue()
-
-    return LabFigure
-
-
-@cache
-def _style() -> dict[str, Any]:
-    from matplotlib.font_manager import fontManager
-
-    installed = {font.name for font in fontManager.ttflist} & {*_CJK_FONTS.split(", ")}
-    return _STYLE | {"font.family": ["DejaVu Sans", *sorted(installed)]}
-
-
-def _mean_std(value: Any) -> tuple[float, float]:
-    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]
-    return fmean(values), stdev(values) if len(values) > 1 else 0.0
-
-
-def _finished(
-    figure: Any, axes: Any, labels: Mapping[str, Any], logx: bool = False, logy: bool = False
-) -> Any:
-    axes.set(**{"xscale": "log"} if logx else {}, **{"yscale": "log"} if logy else {})
+def _with_legend(figure: Any, axes: Any, labels: Mapping[str, Any]) -> Any:
     if any(labels):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend()
     return figure

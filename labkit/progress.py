@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import sys
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,53 +20,36 @@ from transformers import TrainerCallback
 ENTRIES = 200  # of a history, each the mean over as many steps, so that a record stays small
 
 
-class Line:
+class Line(AbstractContextManager):
     """One line of text that is replaced; use it in a `with`, so that the last one is shown."""
 
     def __init__(self, show: bool = True) -> None:
-        self._enabled, self._notebook = show, in_notebook()
-        self._shown, self._last, self._handle = 0.0, "", None
-        self._pause = 0.5 if self._notebook else 0.2 if sys.stderr.isatty() else 10.0
-
-    def __enter__(self) -> Line:
-        return self
+        self._enabled, self._last, self._shown = show, "", 0.0
+        self._id, self._drawn = uuid.uuid4().hex, False
+        self._notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
+        self._terminal = sys.stderr.isatty()
+        self._pause = 0.5 if self._notebook else 0.2 if self._terminal else 10.0
 
     def __exit__(self, *error: Any) -> None:
         if self._last:
-            self._draw()
-            if not self._notebook and sys.stderr.isatty():
-                sys.stderr.write("\n")
+            self._draw(end="\n")
 
     def show(self, text: str) -> None:
         """Replaces the line, unless the last time was a moment ago."""
-        if not self._enabled:
-            return
-        self._last = text
-        if time.monotonic() - self._shown >= self._pause:
-            self._draw()
+        self._last = text if self._enabled else ""
+        if self._last and time.monotonic() - self._shown >= self._pause:
+            self._draw(end="" if self._terminal else "\n")
 
-    def _draw(self) -> None:
+    def _draw(self, end: str) -> None:
         self._shown, shown = time.monotonic(), {"text/plain": self._last}
         if not self._notebook:
-            start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
-            sys.stderr.write(f"{start}{self._last}{end}")
-            sys.stderr.flush()
+            start = "\r\x1b[K" if self._terminal else ""
+            print(f"{start}{self._last}", end=end, file=sys.stderr, flush=True)
             return
         from IPython.display import display
 
-        if self._handle is None:
-            self._handle = display(shown, raw=True, display_id=True)
-        else:
-            self._handle.update(shown, raw=True)
-
-
-def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
-    if "ipykernel" not in sys.modules:
-        return False
-    from IPython import get_ipython
-
-    return get_ipython() is not None
+        display(shown, raw=True, display_id=self._id, update=self._drawn)
+        self._drawn = True
 
 
 class History(TrainerCallback):
@@ -87,7 +72,6 @@ class History(TrainerCallback):
         self.entries = [entry for entry in state.log_history if "seconds" in entry]
         self._before = self.entries[-1]["seconds"] if self.entries else 0.0
         self._begun, self._entry_tokens = state.global_step, 0
-        self._every = max(1, state.max_steps // ENTRIES)
         self._start = self._entry_start = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -97,39 +81,36 @@ class History(TrainerCallback):
         self._steps.append(self._step)
         self._step = {}
         step, last = state.global_step, state.max_steps
-        if step % self._every and step < last and not control.should_save:
+        if step % max(1, last // ENTRIES) and step < last and not control.should_save:
             return  # a checkpoint must not be written before its losses were looked at
         entry = self._close(step)
         state.log_history.append(entry)
-        left = (time.perf_counter() - self._start) / (step - self._begun) * (last - step)
-        speed = self.tokens / (time.perf_counter() - self._start)
-        self._line.show(
-            f"step {step}/{last} · loss {entry['loss']:.3f} · {speed:,.0f} tokens/s · {left:.0f} s left"
-        )
+        seconds = time.perf_counter() - self._start
+        left = seconds / (step - self._begun) * (last - step)
+        now = f"loss {entry['loss']:.3f} · {self.tokens / seconds:,.0f} tokens/s"
+        self._line.show(f"step {step}/{last} · {now} · {left:.0f} s left")
 
     def _close(self, step: int) -> dict[str, float]:
         names, now = list(self._steps[0]), time.perf_counter()
         table = torch.stack([torch.stack([s[n] for n in names]) for s in self._steps]).tolist()
         for number, values in enumerate(table, start=step - len(table) + 1):
             check_finite(values[0], number, self._learning_rate)
-        means = dict(zip(names, (sum(c) / len(c) for c in zip(*table, strict=True)), strict=True))
+        columns = zip(names, zip(*table, strict=True), strict=True)
+        metrics = {name: sum(column) / len(column) for name, column in columns}
         seconds = max(now - self._entry_start, 1e-9)
-        rest = {
-            "tokens_per_second": self._entry_tokens / seconds,
-            "learning_rate": self._learning_rate,
-        }
+        metrics["tokens_per_second"] = self._entry_tokens / seconds
+        metrics["learning_rate"] = self._learning_rate
         self._steps, self._entry_tokens, self._entry_start = [], 0, now
-        entry = {"step": step, **means, **rest, "seconds": self._before + now - self._start}
+        entry = {"step": step, **metrics, "seconds": self._before + now - self._start}
         self.entries.append(entry)
         if self._log is not None:
-            self._log(means | rest, step)
+            self._log(metrics, step)
         return entry
 
 
 def check_finite(loss: float, step: int, learning_rate: float) -> None:
     """Raises FloatingPointError, naming the step and the learning rate, unless finite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: loss {loss} at learning_rate {learning_rate:.3g}; training stopped, earlier "
-            "checkpoints are kept: try a lower learning_rate or more warm-up"
-        )
+        where = f"step {step}: loss {loss} at learning_rate {learning_rate:.3g}"
+        advice = "earlier checkpoints are kept: try a lower learning_rate or more warm-up"
+        raise FloatingPointError(f"{where}; training stopped, {advice}")

@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +22,21 @@ from typing import Any
 
 import psutil
 
+from labkit.provenance import commit, hardware, peak_memory, versions
 from labkit.show import Table
 
 Place = str | Path | None
 Values = dict[str, Any]
 VERDICTS = ("holds", "holds in part", "does not hold here", "undecided", "not measured here")
+# What may change when a run is resumed: no training that goes on depends on it.
+FREE = {"resume", "save_steps", "recorded", "test_examples", "kl_limit", "device"}
 _PROJECT = Path(__file__).resolve().parents[1]
 _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
-_PACKAGES = """labkit torch transformers trl peft bitsandbytes datasets accelerate tokenizers
-safetensors numpy wandb papermill"""
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
 _UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
 _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
+# A container may have no home to write to; a place that the user has set stays.
+_WANDB_FOLDERS = [n for n in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if not os.environ.get(n)]
 
 
 class Run:
@@ -94,8 +96,8 @@ class Run:
         """Record a small table of results under `name`, and return it for display."""
         self.record["tables"][name] = plain(rows)
         table = Table(rows)
-        columns, data = table.columns, table.cells()
-        self._send(lambda run: run.log({name: sys.modules["wandb"].Table(columns, data)}))
+        shown = table.columns, table.cells()
+        self._send(lambda run: run.log({name: sys.modules["wandb"].Table(*shown)}))
         self._write()
         return table
 
@@ -108,16 +110,16 @@ class Run:
         size = sum(file.stat().st_size for file in files)
         entry = {"name": name, "kind": kind, "parents": list(parents), "bytes": size}
         self.record["artifacts"] = [*(made | {name: entry}).values()]
-        self._write()
 
         def send(run: Any) -> None:
             title = f"{self.record['notebook']}-{name}"
-            made = sys.modules["wandb"].Artifact(title, kind, metadata=entry)
+            artifact = sys.modules["wandb"].Artifact(title, kind, metadata=entry)
             if size <= _UPLOAD_BYTES:  # without a copy
-                made.add_dir(str(self.path(name)), policy="immutable", skip_cache=True)
-            run.log_artifact(made)
+                artifact.add_dir(str(self.path(name)), policy="immutable", skip_cache=True)
+            run.log_artifact(artifact)
 
         self._send(send)
+        self._write()
 
     def lineage(self) -> Table:
         """What was trained in this run, in order: name, kind, parents, size."""
@@ -136,8 +138,7 @@ class Run:
     def claims_table(self) -> Table:
         """The claims so far: number, claim, how measured, value, verdict."""
         names = {"number": "#", "how": "how measured"}
-        claims = self.record["claims"]
-        rows = [{names.get(key, key): claim[key] for key in claim} for claim in claims]
+        rows = [{names.get(key, key): c[key] for key in c} for c in self.record["claims"]]
         return Table(rows, css_class="labkit-claims")
 
     def finish(self, status: str = "finished") -> None:
@@ -145,6 +146,7 @@ class Run:
         if self.record["status"] == "running":
             self.record.update(status=status, ended=_now(), hardware=hardware())
             self._write()
+            _drop_empty(self.folder)
             self._send(lambda run: run.summary.update(self.record["metrics"]))
             self._send(lambda run: run.finish(exit_code=int(status != "finished")))
             self._wandb = None
@@ -171,8 +173,10 @@ def start(
     """Begin a run: make its folder, write the first record, open W&B unless it is off.
 
     The folder is `$LABKIT_RUN_DIR` (set by `labkit run`), else a new one below `root`, by
-    default `project_root()`. Raises OSError if it cannot be written or holds a record.
+    default `project_root()`. Raises OSError if it cannot be written or holds a record, and what
+    `check_resume` raises.
     """
+    check_resume(notebook, parameters)
     folder = Path(os.environ.get("LABKIT_RUN_DIR") or new_folder(notebook, root))
     if (folder / "record.json").exists():
         raise FileExistsError(f"{folder} already holds a run's record; unset LABKIT_RUN_DIR")
@@ -180,6 +184,31 @@ def start(
     run = Run(notebook, folder, parameters)
     run._wandb = _start_wandb(run, wandb_project)
     return run
+
+
+def check_resume(notebook: str, parameters: Values) -> None:
+    """Raises ValueError if the run that the parameter `resume` names cannot go on with these.
+
+    Its record tells what it began with, and only what is in `FREE` may differ.
+    """
+    if not parameters.get("resume"):
+        return
+    folder, now = Path(parameters["resume"]).resolve(), plain(parameters) | {"notebook": notebook}
+    if not can_resume(folder):
+        raise ValueError(f"resume: expected a run's folder with a checkpoint, got {folder}")
+    runs = [place for place in (folder, *folder.parents[:3]) if (place / "record.json").is_file()]
+    record: Values = _read(runs[0]) if runs else {"parameters": {}, "notebook": notebook}
+    began = record["parameters"] | {"notebook": record["notebook"]}
+    for name in sorted(began.keys() & now.keys() - FREE):
+        if began[name] not in (now[name], "(hidden)"):
+            was = f"{name} = {began[name]!r}"
+            raise ValueError(f"resume: {folder} began with {was}, got {now[name]!r}")
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run left a complete checkpoint in its folder, or a stage that is finished."""
+    patterns = ("made_with.json", "**/checkpoint-*/made_with.json", "*/config.json")
+    return any(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def new_folder(notebook: str, root: Place = None) -> Path:
@@ -198,32 +227,41 @@ def project_root() -> Path:
 
 def close(folder: Path, notebook: str, parameters: Values, status: str, error: str = "") -> None:
     """Close the record in `folder` from outside, after its kernel ended or recorded nothing."""
-    file, record = folder / "record.json", _new_record(notebook, folder, parameters)
-    if file.exists():
-        record = json.loads(file.read_text("utf-8"))
+    made = (folder / "record.json").exists()
+    record = _read(folder) if made else _new_record(notebook, folder, parameters)
     if record["status"] == "running" or status != "finished":
         record.update(status=status, error=error or record["error"], ended=_now())
+    _drop_empty(folder)
     _write_record(folder, record)
 
 
 def read_runs(root: Place = None) -> list[Values]:
     """All records below `<root>/runs`, oldest first, each with its `folder` added.
 
-    Their status may also be `stopped` (the process is gone), or `unreadable`.
+    Their status may also be `lost` (the process is gone), or `unreadable`.
     """
     runs = []
     files = Path(root or project_root()).glob("runs/*/*/record.json")
     for file in sorted(files, key=lambda f: f.parent.name):
         try:
-            record = dict(json.loads(file.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            record = _read(file.parent)
+        except (OSError, ValueError) as error:
             broken = {"status": "unreadable", "error": f"{file}: {error}"}
             record = _new_record(file.parent.parent.name, file.parent, {}) | broken
-        machine, process = record.get("process") or ("", 0)  # another machine's are not known
-        if machine == _MACHINE and record["status"] == "running" and not psutil.pid_exists(process):
-            record["status"] = "stopped"
+        machine, number = record.get("process") or ("", 0)  # another machine's are not known
+        if record["status"] == "running" and machine == _MACHINE and not _lives(number, file):
+            record["status"] = "lost"
         runs.append(record | {"folder": str(file.parent)})
     return runs
+
+
+def _lives(number: int, file: Path) -> bool:
+    """Whether the process that wrote `file` still runs, and is not a later one of its number."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        earlier = process.create_time() <= file.stat().st_mtime
+        return earlier and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def recorded(question: str) -> Values:
@@ -250,54 +288,8 @@ def write_text(file: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def commit() -> str:
-    """The commit of the project's checkout, `-dirty` after changes; empty where there is none."""
-    describe = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    with suppress(OSError, subprocess.SubprocessError):
-        if (_PROJECT / ".git").exists():
-            return subprocess.check_output(describe, cwd=_PROJECT, text=True, timeout=5).strip()
-    return ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape a result."""
-    from importlib.metadata import version  # slow to import
-
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in _PACKAGES.split()
-    }
-
-
-def hardware() -> Values:
-    """Processor, usable cores, memory in bytes; threads and GPUs where torch is loaded."""
-    found: Values = {"system": f"{platform.system()} {platform.machine()}"}
-    found["processor"] = _line("/proc/cpuinfo", "model name") or platform.processor()
-    found["cores"] = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    found["memory_bytes"] = psutil.virtual_memory().total
-    if torch := sys.modules.get("torch"):  # importing it would cost seconds
-        found["threads"] = torch.get_num_threads()
-        if devices := range(torch.cuda.device_count()):
-            found["gpus"] = [torch.cuda.get_device_name(i) for i in devices]
-            found["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    line = _line("/proc/self/status", "VmHWM")  # getrusage counts the parent's before exec
-    return int(line.split()[0]) * 1024 if line else psutil.Process().memory_info().rss
-
-
-def _line(file: str, name: str) -> str:
-    text = Path(file).read_text() if Path(file).exists() else ""
-    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else ""
 
 
 def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
@@ -307,19 +299,25 @@ def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:
     record |= {"seeds": {k: v for k, v in given.items() if re.search(r"(^|_)seeds?$", k)}}
     record |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
     record |= {"process": [_MACHINE, os.getpid()], "timings": {}, "peak_memory_bytes": 0}
-    return record | {
-        "metrics": {},
-        "checks": {},
-        "claims": [],
-        "tables": {},
-        "artifacts": [],
-        "history": [],
-    }
+    record |= {"metrics": {}, "checks": {}, "claims": [], "tables": {}, "artifacts": []}
+    return record | {"history": []}
+
+
+def _read(folder: Path) -> Values:
+    return json.loads((folder / "record.json").read_text("utf-8"))
 
 
 def _write_record(folder: Path, record: Values) -> None:
     text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)
     write_text(folder / "record.json", text + "\n")
+
+
+def _drop_empty(folder: Path) -> None:
+    """Remove empty folders, which trainers make for checkpoints that are never written."""
+    own = [f for f in folder.rglob("*") if f.relative_to(folder).parts[0] != "wandb"]
+    for path in sorted(own, reverse=True):
+        with suppress(OSError):  # a file, or a folder with files
+            path.rmdir()
 
 
 def _now() -> str:
@@ -331,25 +329,28 @@ def _start_wandb(run: Run, project: str) -> Any:
     for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
         del os.environ[name]  # compose files leave them empty, which wandb refuses
     os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
-    for kind in ("DATA", "CACHE"):  # a container may have no home to write to
-        os.environ.setdefault(f"WANDB_{kind}_DIR", str(run.folder / "wandb" / kind.lower()))
+    for name in _WANDB_FOLDERS:
+        os.environ[name] = str(run.folder / "wandb" / name.split("_")[1].lower())
+    group, given = run.record["notebook"], run.record["parameters"]
+    about: Values = dict(project=project, group=group, name=f"{group}-{run.folder.name}")
+    quiet: Values = dict(silent=True, console="off", init_timeout=10, finish_timeout=10, host="")
+    quiet |= dict(disable_git=True, x_save_requirements=False, x_disable_meta=True)
+    about |= dict(dir=str(run.folder), config=given, settings=quiet | {"x_disable_stats": True})
+    mode: Any
     for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
         try:
-            return None if mode == "disabled" else _open_wandb(run, project, mode)
+            if mode == "disabled":
+                return None
+            import wandb
+
+            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            if mode == "online":  # wandb itself would wait for all of init_timeout
+                import requests
+
+                requests.head(wandb.Settings().base_url, timeout=3)
+            made = wandb.init(mode=mode, reinit="finish_previous", **about)
+            made.define_metric("*", step_metric="step")
+            return made
         except Exception as error:
             logging.getLogger("labkit").warning("W&B was not opened: %s", error)
     return None
-
-
-def _open_wandb(run: Run, project: str, mode: Any) -> Any:
-    import wandb
-
-    about: Values = dict(project=project, group=run.record["notebook"], dir=str(run.folder))
-    about |= dict(name=f"{about['group']}-{run.folder.name}", config=run.record["parameters"])
-    about["mode"] = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    quiet = dict(silent=True, console="off", x_disable_stats=True, init_timeout=10)
-    private = dict(host="", x_save_requirements=False, x_disable_meta=True, disable_git=True)
-    settings = wandb.Settings(finish_timeout=10, **quiet, **private)
-    made = wandb.init(reinit="finish_previous", settings=settings, **about)
-    made.define_metric("*", step_metric="step")
-    return made

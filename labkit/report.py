@@ -39,28 +39,26 @@ def _section(run: dict[str, Any]) -> str:
     lineage = ([" + ".join(a["parents"]), a["name"]] for a in run.get("artifacts", []))
     facts["lineage"] = " · ".join(" → ".join(filter(None, names)) for names in lineage)
     lines = (f"<br>{escape(f'{key}: {text}')}" for key, text in facts.items() if text)
-    parts = [f"<h2>{escape(run['notebook'])} <small>{escape(run['id'])}</small></h2>"]
-    parts += [f"<small>{''.join(lines)}</small>", Table(run["claims"])._repr_html_()]
-    names = dict.fromkeys(name for entry in run["history"] for name in entry if name != "step")
-    parts += [_curve(name, run["history"]) for name in names]
+    page = f"<h2>{escape(run['notebook'])} <small>{escape(run['id'])}</small></h2>"
+    page += f"<small>{''.join(lines)}</small>{Table(run['claims'])._repr_html_()}"
+    for name in dict.fromkeys(name for entry in run["history"] for name in entry):
+        page += _curve(name, run["history"]) if name != "step" else ""
     for name, rows in run["tables"].items():
-        parts.append(f"<h3>{escape(name)}</h3>{Table(rows)._repr_html_()}")
-    return "".join(parts)
+        page += f"<h3>{escape(name)}</h3>{Table(rows)._repr_html_()}"
+    return page
 
 
 def _list(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} = {show(value)}" for name, value in values.items())
 
 
-def _curve(name: str, history: list[dict[str, Any]], width: int = 300, height: int = 90) -> str:
+def _curve(name: str, history: list[dict[str, Any]]) -> str:
     points = [(e["step"], e[name]) for e in history if isinstance(e.get(name), (int, float))]
     if len(points) < 2:
         return ""
     (x0, y0), (x1, y1) = (map(min, zip(*points, strict=True)), map(max, zip(*points, strict=True)))
-    across, up = width / ((x1 - x0) or 1), height / ((y1 - y0) or 1)
+    across, up = 300 / ((x1 - x0) or 1), 90 / ((y1 - y0) or 1)
     path = " ".join(f"{(x - x0) * across:.1f},{(y1 - y) * up:.1f}" for x, y in points)
     ends = f"{show(points[0][1])} → {show(points[-1][1])} (steps {show(x0)} to {show(x1)})"
-    return (
-        f'<figure><svg width="{width}" height="{height}" role="img"><polyline points="{path}"/>'
-        f"</svg><figcaption>{escape(f'{name}: {ends}')}</figcaption></figure>"
-    )
+    svg = f'<svg width="300" height="90" role="img"><polyline points="{path}"/></svg>'
+    return f"<figure>{svg}<figcaption>{escape(f'{name}: {ends}')}</figcaption></figure>"

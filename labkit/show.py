@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from os.path import commonprefix
 from typing import Any
 
 from .templates import Row, prompt_text, response
 
 _MASKS = ("border:1px solid #8885;opacity:.65", "border:1px solid #2a6;background:#2a63")
 
+_MASK_LINE = "line-height:1.9;text-align:left;white-space:pre-wrap"
+
 
 def show(value: Any) -> str:
     """A value as a short text: floats to four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _tag(name: str, text: str, style: str = "") -> str:
-    return f'<{name} style="{style}">{text}</{name}>' if style else f"<{name}>{text}</{name}>"
 
 
 class Table:
@@ -33,9 +32,10 @@ class Table:
         return [[show(row.get(name, "")) for name in self.columns] for row in self.rows]
 
     def _repr_html_(self) -> str:
-        body = ""
+        body, style = "", f' style="{self.style}"' if self.style else ""
         for tag, line in [("th", map(str, self.columns)), *(("td", row) for row in self.cells())]:
-            body += _tag("tr", "".join(_tag(tag, escape(cell), self.style) for cell in line))
+            cells = (f"<{tag}{style}>{escape(cell)}</{tag}>" for cell in line)
+            body += f"<tr>{''.join(cells)}</tr>"
         return f'<table class="{self.css_class}">{body}</table>'
 
     def __repr__(self) -> str:
@@ -59,11 +59,9 @@ class SideBySide(Table):
 
 def side_by_side(rows: list[Row], before: Sequence[str], after: Sequence[str], n: int = 5) -> Table:
     """n rows, spread evenly: prompt, expected answer, answers before and after training."""
-    cells = [
-        (prompt_text(row), response(row), *answers)
-        for row, *answers in zip(rows, before, after, strict=True)
-    ]
-    cells = [cells[j * len(rows) // n] for j in range(n)] if n < len(rows) else cells
+    every = list(zip(rows, before, after, strict=True))
+    some = [every[j * len(rows) // n] for j in range(n)] if n < len(rows) else every
+    cells = [(prompt_text(row), response(row), *answers) for row, *answers in some]
     return SideBySide(("prompt", "expected", "before", "after"), cells)
 
 
@@ -76,11 +74,10 @@ class MaskView:
     def _repr_html_(self) -> str:
         page = ""
         for line in [[("no loss", False), ("loss", True)], *self.examples]:
-            texts = (escape(t).replace("\n", "⏎<br>").replace(" ", "&nbsp;") for t, _ in line)
-            spans = (
-                _tag("span", t, _MASKS[loss]) for t, (_, loss) in zip(texts, line, strict=True)
-            )
-            page += _tag("p", "".join(spans), "line-height:1.9;text-align:left")
+            texts = (escape(text.replace("\n", "⏎\n")) for text, _ in line)
+            styles = (_MASKS[loss] for _, loss in line)
+            spans = map('<span style="{}">{}</span>'.format, styles, texts)
+            page += f'<p style="{_MASK_LINE}">{"".join(spans)}</p>'
         return page
 
     def __repr__(self) -> str:
@@ -89,15 +86,19 @@ class MaskView:
 
 
 def show_masks(encoded: Any, tokenizer: Any, n: int = 3) -> MaskView:
-    """The first n encoded examples token by token, coloured by whether they carry loss."""
+    """The first n encoded examples token by token, coloured by whether they carry loss.
+
+    A token's text is what it adds to the text before it: alone, "▁word" would lose its space.
+    """
     examples: list[list[tuple[str, bool]]] = []
     for ids, mask in encoded[:n]:
         examples.append([])
-        start = 0
+        whole, start, shown = tokenizer.decode(ids, clean_up_tokenization_spaces=False), 0, 0
         for end in range(1, len(ids) + 1):
-            text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
             # Tokens that only together make a character are shown as one.
-            if end == len(ids) or mask[end] != mask[start] or "\ufffd" not in text:
-                examples[-1].append((text, bool(mask[start])))
-                start = end
+            if whole.startswith(text) or mask[end] != mask[start]:
+                known = len(commonprefix([text, whole]))
+                examples[-1].append((whole[shown:known], bool(mask[start])))
+                start, shown = end, max(shown, known)
     return MaskView(examples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +33,9 @@ PARTS = ("weights", "gradients", "optimizer states", "activations and rest", "ru
 WEIGHTS, GRADIENTS, STATES, REST, OVERHEAD = PARTS
 RUNTIME = {"cpu": 550e6, "cuda": 600e6}  # bytes: Python and its libraries, measured; CUDA's context
 WORKSPACE = {"cpu": 0, "cuda": 32 * 2**20}  # of cuBLAS, on Hopper
-TWO_STATES = {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8}
+# bytes a weight; those of AdamW in torch have the type of the weights
+STATE_BYTES = {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
+STATE_BYTES |= {"paged_adamw_32bit": 8.0, "sgd": 0.0}
 
 
 @settings
@@ -47,9 +49,7 @@ class Setting:
     technique: Literal["full", "lora", "qlora", "prefix", "adapter", "reward", "ppo"] = "lora"
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["bf16", "mixed", "fp32"] = "mixed"
-    optimizer: Literal[
-        "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"
-    ] = "adamw_torch_fused"
+    optimizer: Literal["adamw_torch_fused", *STATE_BYTES] = "adamw_torch_fused"  # type: ignore
     batch_size: Count = 1
     sequence_length: Count = 512
     gradient_accumulation: Count = 1
@@ -96,7 +96,9 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = (leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor))
-        self.label((t for t in tensors if t.untyped_storage()._cdata not in self.part), REST)
+        new = [t for t in tensors if t.untyped_storage()._cdata not in self.part]
+        if new:
+            self.label(new, REST)
         return out
 
 
@@ -105,8 +107,8 @@ class _Linear4bit(nn.Linear):
 
     def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
-        shape = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        (self.out_features, self.in_features), self.bias = shape, layer.bias
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        (self.out_features, self.in_features), self.bias = weight.shape, layer.bias
         size, self.dtype = int(layer.weight.numel() * 4.127 / 8), layer.weight.dtype
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
 
@@ -122,7 +124,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out: int) -> Tensor:
         ctx.shape = out, x.shape[-1]
         with torch.autocast("cpu", enabled=False):
-            return F.linear(x, x.new_empty(ctx.shape))
+            return nn.functional.linear(x, x.new_empty(ctx.shape))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -181,25 +183,20 @@ def _loss(model: nn.Module, batch: Any, s: Setting) -> Tensor:
         logp, values, _ = model(batch, 1.0)
         names = ("logp", "ref_logp", "values", "advantages", "returns")
         old = dict.fromkeys(names, torch.zeros_like(logp)) | {"mask": logp < 0}
-        return ppo.losses(logp, values, old, 0.1, ppo.PPOConfig())["loss"]
+        return ppo.losses(logp, values, old, ppo.PPOConfig())["loss"]
+    loss: Any = reward.ranking_loss if s.technique == "reward" else training.sft_loss
     with torch.autocast("cpu", torch.bfloat16, enabled=s.precision != "fp32"):
-        return (reward.ranking_loss if s.technique == "reward" else training.sft_loss)(
-            model, batch
-        )[0]
+        return loss(model, batch)[0]
 
 
 def _step(model: Any, batch: Any, s: Setting, ledger: _Ledger) -> None:
-    """The second step of a run: optimizer states are there."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """The second step of a run: gradients and optimizer states are there."""
+    trained, each = [p for p in model.parameters() if p.requires_grad], STATE_BYTES.get(s.optimizer)
     for p in trained:
         p.grad = torch.empty_like(p)
         p.register_post_accumulate_grad_hook(lambda p: ledger.label([p.grad], GRADIENTS))
-    sgd = s.optimizer == "sgd" or s.optimizer in TWO_STATES
-    optimizer: Any = torch.optim.SGD(trained) if sgd else torch.optim.AdamW(trained, fused=True)
-    optimizer.step()
-    states = [tensor for state in optimizer.state.values() for tensor in state.values() if not sgd]
-    if each := TWO_STATES.get(s.optimizer):
-        states = [torch.empty(int(p.numel() * each), dtype=torch.uint8) for p in trained]
+    sizes = [2 * p.nbytes + 4 if each is None else int(p.numel() * each) for p in trained]
+    states = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     ledger.label(states, STATES)
     ledger.label([p.grad for p in trained], GRADIENTS)
     ledger.most.clear()
@@ -207,18 +204,17 @@ def _step(model: Any, batch: Any, s: Setting, ledger: _Ledger) -> None:
         ledger.begin("scoring")
         model.score(batch, 1.0)
     else:
-        optimizer.zero_grad()
+        model.zero_grad()
     for _ in range(min(s.gradient_accumulation, 2)):
         ledger.begin("forward")
         loss = _loss(model, batch, s)
         if s.technique == "ppo":
-            optimizer.zero_grad()
+            model.zero_grad()
         ledger.begin("loss")
         loss.backward()
         del loss
     ledger.begin("update")
     nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
 
 
 def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
@@ -228,8 +224,8 @@ def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:depth]
-    weights = torch.bfloat16 if s.precision == "bf16" else torch.float32
-    network = models.meta_model(config).to(weights)
+    network = models.meta_model(config)
+    network.to(torch.bfloat16 if s.precision == "bf16" else torch.float32)
     model = _attached(network, s)
     base = models.base_model(model.model if s.technique == "ppo" else model)
     if s.device == "cpu" and (s.precision != "fp32" or s.technique == "ppo"):
@@ -239,40 +235,35 @@ def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
     both = nn.ModuleList([model, network])  # a reward model is a copy, and the original stays
-
-    def begins(phase: str, hidden: Any) -> None:  # when the gradient reaches what a block gives
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: ledger.begin(phase))
-
-    blocks = full.layers(base)
-    blocks[-1].register_forward_hook(lambda module, args, output: begins("last block", output))
-    blocks[0].register_forward_hook(lambda module, args, output: begins("first block", output))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Ledger() as ledger:
+    blocks, ledger = full.layers(base), _Ledger()
+    blocks[-1].register_full_backward_pre_hook(lambda *_: ledger.begin("last block"))
+    blocks[0].register_full_backward_pre_hook(lambda *_: ledger.begin("first block"))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), mode, ledger:
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # frozen inputs
         ledger.label(_faked(both.train(s.technique != "ppo")), WEIGHTS)
         _step(model, _batch(s, mode), s, ledger)
     return ledger.most
 
 
-def simulate(config: Any, s: Setting) -> dict[str, float]:
-    """The parts of a run at its most, bytes by name; of a configuration of transformers."""
-    depth = config.get_text_config().num_hidden_layers
-    if depth < 4 or not _alike(config):
-        phases: Any = _phases(config, depth, s)
-    else:
-        three, two = (_phases(config, n, s) for n in (3, 2))
-        phases = {
-            phase: {p: parts[p] + (depth - 3) * (parts[p] - two[phase][p]) for p in PARTS}
-            for phase, parts in three.items()
-        }
-    most = max(phases.values(), key=lambda parts: sum(parts.values()))
+def depths(network: Any) -> tuple[int, ...]:
+    """The numbers of blocks to simulate: three and two stand for many of one kind and size."""
+    blocks = full.layers(network)
+    kinds = {*(getattr(network.config.get_text_config(), "layer_types", None) or ())}
+    sizes = {tuple(p.numel() for p in block.parameters()) for block in blocks}
+    alike = len(sizes) == 1 and len(kinds) < 2
+    return (3, 2) if alike and len(blocks) > 3 else (len(blocks),)
+
+
+def simulate(config: Any, s: Setting, depths: tuple[int, ...]) -> dict[str, float]:
+    """The parts of a run at its most, bytes by name, from steps of models of `depths` blocks."""
+    phases, *fewer = (_phases(config, depth, s) for depth in depths)
+    added = config.get_text_config().num_hidden_layers - depths[0]
+    for less in fewer:
+        for phase, parts in phases.items():
+            phases[phase] = Counter(
+                {p: parts[p] + added * (parts[p] - less[phase][p]) for p in PARTS}
+            )
+    most = max(phases.values(), key=Counter.total)
     more = {WEIGHTS: s.held, REST: WORKSPACE[s.device], OVERHEAD: RUNTIME[s.device]}
     return {p: float(most[p] + more.get(p, 0)) for p in PARTS}
-
-
-def _alike(config: Any) -> bool:
-    """Whether all blocks are of one kind and size."""
-    kinds = {*(getattr(config.get_text_config(), "layer_types", None) or ())}
-    blocks = full.layers(models.meta_model(config))
-    sizes = {tuple(p.numel() for p in block.parameters()) for block in blocks}
-    return len(sizes) == 1 and len(kinds) < 2

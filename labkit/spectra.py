@@ -2,7 +2,7 @@
 
 Of an update D = W_tuned - W_0 with singular values s1 >= s2 >= …, the best approximation of rank
 r keeps the share (s1² + … + sr²) / (s1² + s2² + …) of the energy (Eckart and Young 1936). A random
-matrix is the baseline: it prefers no direction, and yet keeps more than r / min(d, k).
+matrix prefers no direction, and yet keeps more than r / min(d, k).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def energy(matrix: Tensor, ranks: Sequence[int]) -> list[float]:
 
 def mean_energy(matrices: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[str, float]:
     """`energy`, averaged over the matrices: {rank: share}."""
-    columns = zip(*(energy(matrix, ranks) for matrix in matrices.values()), strict=True)
-    return {str(r): fmean(column) for r, column in zip(ranks, columns, strict=True)}
+    each = [energy(matrix, ranks) for matrix in matrices.values()]
+    return {str(r): fmean(shares[i] for shares in each) for i, r in enumerate(ranks)}
 
 
 def random_like(matrices: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:

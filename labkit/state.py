@@ -1,8 +1,8 @@
 """What a trainer leaves on a model, and how to take it off.
 
-Trainers of transformers, TRL and accelerate set `use_cache` and `output_router_logits` in the
-configuration (a mixture of experts then fails in `generate`), put all modules in train mode and
-dropout at 0, patch `forward`, add hooks, marks and an adapter "ref", and seed all generators.
+Trainers set `use_cache` and `output_router_logits` in the configuration (a mixture of experts then
+fails in `generate`), put all modules in train mode and dropout at 0, patch `forward`, add hooks,
+marks and an adapter "ref", and seed all generators.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@ supervised fine-tuning is here, the mean negative log-likelihood of the response
 
     L = -1/N sum over response tokens t of log p(x_t | x_<t),
 
-the same number as TRL's, computed for less (`logprobs`): on a CPU short examples share a packed
-sequence (`batching`), no mask is built for right padding, nothing is recomputed, and the history
-is read off the device once an entry. What a technique changes in the model, it changes before.
+the same number as TRL's, computed for less: only response tokens enter the output head
+(`logprobs`), on a CPU short examples share a packed sequence (`batching`), and the history is read
+off the device once an entry. What a technique changes in the model, it changes before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,21 +25,22 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, Trainer
 from transformers import TrainingArguments as Arguments
 from transformers.training_args import OptimizerNames
 
 from labkit import checkpoints, logprobs, models
-from labkit.batching import Batch, Example, Shuffled, flat, pack
+from labkit.batching import Batch, Shuffled, flat, pack
 from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
 from labkit.progress import History, Line, check_finite
 from labkit.record import peak_memory
 from labkit.state import unchanged
 
-logger = logging.getLogger("labkit")
-
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
+CHECKPOINT = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+SAME_NAME = ("learning_rate", "max_steps", "weight_decay", "max_grad_norm", "seed")
+Optimizer = Annotated[str, AfterValidator(lambda name: OptimizerNames(name).value)]
 
 
 @settings
@@ -47,16 +48,15 @@ class TrainConfig:
     """Settings of a training run; the defaults suit a small model on a CPU.
 
     `batch_size` counts examples per step and device, `warmup_ratio` is a share of all steps,
-    `max_steps` = -1 leaves the length to `epochs`. `precision`: "auto" (bfloat16 autocast where
-    it pays), "bf16" or "fp32". `packing` lets short examples of a batch share a sequence: True,
-    False, or "auto", on a CPU where the model keeps them apart. A checkpoint is written every
-    `save_steps` steps (0: never); `resume` names the folder of an earlier run's checkpoints, or
-    one above it, and training goes on from the last complete one.
+    `max_steps` = -1 leaves the length to `epochs`. `precision` "auto" is bfloat16 autocast where
+    it pays. With `packing`, short examples of a batch share a sequence; "auto": on a CPU where the
+    model keeps them apart. A checkpoint is written every `save_steps` steps (0: never); `resume`
+    names a folder with checkpoints in or below it, and the newest complete one is gone on from.
     """
 
     learning_rate: Positive = 1e-3
     epochs: Positive = 1.0
-    max_steps: int = -1
+    max_steps: Literal[-1] | Count = -1
     batch_size: Count = 32
     gradient_accumulation: Count = 1
     warmup_ratio: Share = 0.1
@@ -65,23 +65,17 @@ class TrainConfig:
     max_grad_norm: NonNegative = 1.0
     seed: Natural = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    optimizer: Annotated[str, AfterValidator(lambda name: OptimizerNames(name).value)] = (
-        OptimizerNames.ADAMW_TORCH_FUSED.value
-    )
+    optimizer: Optimizer = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     compile: bool = False
     packing: bool | Literal["auto"] = "auto"
     save_steps: Natural = 0
     resume: str = ""
 
-    def __post_init__(self) -> None:
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"max_steps: expected -1 or at least 1, got {self.max_steps}")
-
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave: `loss` is the last entry's of `history`, such as nats per response token.
+    """What a run gave: `loss` is that of the last entry of `history`.
 
     `seconds`, `tokens` (without padding) and `tokens_per_second` count this call only, also
     after resuming; `peak_memory_bytes` is the device's on a GPU, the process's on a CPU.
@@ -103,9 +97,8 @@ def sft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]
     A mixture of experts adds its router's auxiliary loss, weighted as its configuration says.
     """
     coefficient = logprobs.router_coefficient(model)
-    output = logprobs.forward(
-        model, batch, **({"output_router_logits": True} if coefficient else {})
-    )[1]
+    options = {"output_router_logits": True} if coefficient else {}
+    _, output = logprobs.forward(model, batch, **options)
     loss = -logprobs.token_logps(output, batch)[1].mean()
     if not coefficient:
         return loss, {}
@@ -138,7 +131,7 @@ def fit(
     """
     config = config or TrainConfig()
     packing = _check(model, examples, config, output_dir)
-    made, checkpoint = _resumed(model, examples, config, output_dir)
+    made, checkpoint = _resumed(model, examples, loss, config, output_dir)
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
@@ -147,7 +140,10 @@ def fit(
         collate = partial(collate, packing=packing)
         arguments = _arguments(model, config, str(folder))
         trainer = _Trainer(model, arguments, collate, list(examples), callbacks=[history])
-        trainer.prepare(loss, extra_loss, history, made)
+        trainer.batch_loss, trainer.extra_loss = loss, extra_loss
+        trainer.history, trainer.made = history, made
+        trainer.model_accepts_loss_kwargs = True  # so that accumulated losses come scaled by weight
+        trainer.remove_callback(PrinterCallback)
         if config.compile:
             models.base_model(model).base_model.compile(dynamic=True)
         if on_gpu := torch.cuda.is_available():
@@ -157,13 +153,13 @@ def fit(
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
         if eval_examples is not None:
-            held = trainer.model_wrapped, eval_examples, loss, collate, config.batch_size
-            evaluated = mean_loss(*held)
+            wrapped = trainer.model_wrapped
+            evaluated = mean_loss(wrapped, eval_examples, loss, collate, config.batch_size)
             if log is not None:
                 log({"eval_loss": evaluated}, trainer.state.global_step)
     last, tokens = history.entries[-1], history.tokens
-    rates = seconds, tokens, tokens / seconds
-    return TrainResult(history.entries, last["loss"], last["step"], *rates, peak, evaluated)
+    speed = seconds, tokens, tokens / seconds
+    return TrainResult(history.entries, last["loss"], last["step"], *speed, peak, evaluated)
 
 
 @torch.no_grad()
@@ -188,11 +184,10 @@ def mean_loss(
 class _Trainer(Trainer):
     """Transformers' trainer, given a loss of batches and a history of our own."""
 
-    def prepare(self, loss: Loss, extra_loss: Any, history: History, made: dict) -> None:
-        self.batch_loss, self.extra_loss, self.history, self.made = loss, extra_loss, history, made
-        self.model_accepts_loss_kwargs = True  # so that accumulated losses come scaled by weight
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+    batch_loss: Loss
+    extra_loss: Callable[[nn.Module], Tensor] | None
+    history: History
+    made: dict[str, Any]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # around all of it, so that weights are cast once
@@ -231,24 +226,18 @@ class _Trainer(Trainer):
 
 def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    half = config.precision == "bf16"
-    if config.precision == "auto":
-        half = models.autocast_dtype(model) is torch.bfloat16
+    wanted = {"auto": models.autocast_dtype(model), "bf16": torch.bfloat16, "fp32": None}
+    half = wanted[config.precision] is not None
     if half and on_cpu:
         models.use_float32_attention(model)
     constant = config.schedule == "constant"
     return Arguments(
         output_dir=folder,
-        learning_rate=config.learning_rate,
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
         lr_scheduler_type="constant_with_warmup" if constant else config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
         optim=config.optimizer,
         activation_checkpointing=config.gradient_checkpointing,
         bf16=half,
@@ -262,57 +251,57 @@ def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
+        **{name: getattr(config, name) for name in SAME_NAME},
     )
 
 
 def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folder: Any) -> bool:
     """Raises ValueError for what cannot work; returns whether examples are packed."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
     if folder is None and config.save_steps:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
     if config.gradient_checkpointing and logprobs.has_soft_prompt(model):
         raise ValueError("gradient_checkpointing: expected False with a prefix, got True")
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
-    context = models.context_length(model)
+    context = models.context_length(model) or sys.maxsize
     vocabulary = models.base_model(model).get_input_embeddings().num_embeddings
     for number, item in enumerate(examples, start=1):
-        for example in flat([item]):
-            if problem := _problem(example, context, vocabulary):
-                raise ValueError(f"example {number}: {problem}")
-    if any(p.requires_grad and p.itemsize == 2 for p in model.parameters()):
-        logger.warning(
-            "model: its trained weights are of half precision, in which small steps are "
-            "lost; load it with dtype='float32'"
-        )
+        for ids, mask in flat([item]):
+            if len(ids) != len(mask) or not mask[1:].any():
+                problem = f"a mask of its {len(ids)} ids, with a token to learn, got {mask}"
+            elif len(ids) > context:
+                problem = f"at most {context} tokens, the model's context, got {len(ids)}"
+            elif ids.max() >= vocabulary:
+                problem = f"ids below {vocabulary}, the model's vocabulary, got {ids.max()}"
+            else:
+                continue
+            raise ValueError(f"example {number}: expected {problem}")
+    models.warn_of_half_precision(model)
+    on_cpu = next(model.parameters()).device.type == "cpu"
     apart = (on_cpu or config.packing is True) and logprobs.keeps_apart(model)
     if config.packing is True and not apart:
         raise ValueError("packing: this model lets packed examples see each other; leave it off")
-    return apart if config.packing == "auto" else bool(config.packing)
-
-
-def _problem(example: Example, context: int | None, vocabulary: int) -> str:
-    ids, mask = example
-    if len(ids) != len(mask):
-        return f"expected as many mask entries as its {len(ids)} ids, got {len(mask)}"
-    if not mask[1:].any():
-        return "expected a response token to learn, got none"
-    if context and len(ids) > context:
-        return f"expected at most {context} tokens, the model's context, got {len(ids)}"
-    if ids.max() >= vocabulary:
-        return f"expected ids below {vocabulary}, the model's vocabulary, got {ids.max()}"
-    return ""
+    return apart if config.packing == "auto" else config.packing
 
 
 def _resumed(
-    model: nn.Module, examples: Sequence[Any], config: TrainConfig, output_dir: Any
+    model: Any, examples: Sequence[Any], loss: Any, config: TrainConfig, output_dir: Any
 ) -> tuple[dict[str, Any], str | None]:
     """What the run is made with, and the checkpoint that it goes on from."""
     if not config.save_steps and not config.resume:
         return {}, None
-    kept = {name: value for name, value in asdict(config).items() if name not in FREE}
-    made = kept | checkpoints.fingerprint(model, examples)
-    if config.resume:
-        return made, str(checkpoints.newest(config.resume, made))
-    checkpoints.check_unused(output_dir)
-    return made, None
+    made = {name: value for name, value in asdict(config).items() if name not in FREE}
+    made |= checkpoints.fingerprint(model, examples)
+    made["loss"] = getattr(getattr(loss, "func", loss), "__qualname__", type(loss).__name__)
+    adapters = [*getattr(model, "peft_config", {}).values()]
+    made["adapters"] = [type(adapter).__name__ for adapter in adapters]
+    # What the weights do not show: alpha and dropout of an adapter, beta of a loss.
+    for options in (*map(vars, adapters), getattr(loss, "keywords", {})):
+        made |= {name: x for name, x in options.items() if isinstance(x, int | float)}
+    if not config.resume:
+        checkpoints.check_unused(output_dir)
+        return made, None
+    folder = checkpoints.newest(config.resume, made)
+    if missing := [name for name in CHECKPOINT if not [*folder.glob(name)]]:
+        raise FileNotFoundError(f"resume: {folder} lacks {', '.join(missing)}")
+    return made, str(folder)

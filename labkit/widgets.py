@@ -25,27 +25,21 @@ def explore(function: Callable[..., Any], **controls: Any) -> Any:
     view = w.Output()
 
     def update(_: Any = None) -> None:
-        view.outputs = _outputs(function, {name: controls[name].value for name in controls})
+        with capture_output() as caught:
+            result = function(**{name: control.value for name, control in controls.items()})
+        texts = {"stdout": caught.stdout, "stderr": caught.stderr}
+        outputs = [{"output_type": "stream", "name": n, "text": t} for n, t in texts.items() if t]
+        shown = [(each.data, each.metadata or {}) for each in caught.outputs]
+        for data, metadata in shown + ([] if result is None else [format_display_data(result)]):
+            for kind in (kind for kind, value in data.items() if isinstance(value, bytes)):
+                data = data | {kind: b64encode(data[kind]).decode()}
+            outputs.append({"output_type": "display_data", "data": data, "metadata": metadata})
+        view.outputs = tuple(outputs)
 
     update()
     for control in controls.values():
         control.observe(update, "value")
     return w.VBox([*controls.values(), view])
-
-
-def _outputs(function: Callable[..., Any], values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """What a call shows, in the notebook format's form; pictures as text."""
-    with capture_output() as caught:
-        result = function(**values)
-    shown = [(item.data, item.metadata or {}) for item in caught.outputs]
-    shown += [] if result is None else [format_display_data(result)]
-    texts = {"stdout": caught.stdout, "stderr": caught.stderr}
-    outputs: list[dict[str, Any]] = []
-    outputs += [{"output_type": "stream", "name": n, "text": t} for n, t in texts.items() if t]
-    for data, metadata in shown:
-        data = {k: b64encode(v).decode() if isinstance(v, bytes) else v for k, v in data.items()}
-        outputs.append({"output_type": "display_data", "data": data, "metadata": metadata})
-    return tuple(outputs)
 
 
 def lora_row(rank: int, width: int, layers: int, targets: str = "q, v") -> dict[str, str]:

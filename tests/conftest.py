@@ -71,25 +71,10 @@ def build_config(arch, vocab_size=448, pad_token_id=0, eos_token_id=1):
 
     ids = dict(pad_token_id=pad_token_id, eos_token_id=eos_token_id, bos_token_id=None)
     if arch == "gpt2":
-        return tf.GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            n_positions=256,
-            initializer_range=0.1,
-            **ids,
-        )
-    shape = dict(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        **ids,
-    )
+        shape = dict(vocab_size=vocab_size, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+        return tf.GPT2Config(initializer_range=0.1, **shape, **ids)
+    shape = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, max_position_embeddings=256, initializer_range=0.1, **ids)
     if arch == "llama":
         return tf.LlamaConfig(**shape)
     if arch == "qwen2":

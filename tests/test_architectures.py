@@ -4,6 +4,7 @@ Each combination trains two steps, generates, is saved, loaded and compared; or 
 before anything trains. `REFUSED` says which and why, and is the table of the README.
 """
 
+import logging
 import math
 
 import pytest
@@ -42,16 +43,22 @@ ARCHITECTURES = {
     | dict(moe_intermediate_size=64, shared_expert_intermediate_size=64, decoder_sparse_step=1),
     "gpt_oss": EXPERTS | dict(head_dim=16, sliding_window=16),
     "deepseek_v3": SHAPE  # latent attention, a dense layer, shared experts
-    | dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8)
+    | dict(num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8)
     | dict(qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2)
     | dict(n_group=2, topk_group=1, moe_intermediate_size=64, first_k_dense_replace=1),
     "mamba": dict(hidden_size=64, num_hidden_layers=2, state_size=8, expand=2),
+    "jamba": GROUPED  # state space, attention and experts
+    | dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
 }
 TECHNIQUES = ("full", "lora", "qlora", "prefix", "adapter", "reward", "ppo", "rloo")
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED = {(arch, "adapter"): "expected one of" for arch in ("opt", "mpt", "jamba", "mamba")}
+REFUSED |= {(arch, "prefix"): "^model: " for arch in ("deepseek_v3", "jamba", "mamba")}
+REFUSED |= {(arch, "reward"): "no reward head" for arch in ("cohere", "granite", "mamba")}
 
 CONFIG = training.TrainConfig(max_steps=2, batch_size=3, learning_rate=1e-2, precision="fp32")
-QLORA = qlora.QloraConfig(lora.LoraConfig(rank=4), block_size=32)
+LORA = lora.LoraConfig(rank=4)
+QLORA = qlora.QloraConfig(LORA, block_size=32)
+IDS = torch.arange(5, 29).reshape(2, 12)
 ROWS = [
     {"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}.", "rejected": "Bread."}
     for n in range(6)
@@ -62,14 +69,18 @@ def build(arch):
     config = AutoConfig.for_model(arch, **COMMON | ARCHITECTURES[arch])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if "expert" in name or "router" in name:  # some are left as they were allocated
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 def attach(technique, model):
     if technique == "full":
         return full.attach(model, full.FullConfig())
     if technique == "lora":
-        return lora.attach(model, lora.LoraConfig(rank=4))
+        return lora.attach(model, LORA)
     if technique == "qlora":
         return qlora.attach(model, QLORA)
     if technique == "prefix":
@@ -141,3 +152,52 @@ def test_every_technique_trains_saves_and_loads(arch, technique, tiny_tokenizer,
         generate.generate(m, tiny_tokenizer, ["It is"], max_new_tokens=5) for m in (tuned, again)
     ]
     assert texts[0] == texts[1]
+    if technique in ("lora", "qlora"):
+        merged = tuned.merge_and_unload() if technique == "lora" else qlora.merge(tuned)
+        with torch.no_grad():
+            found = logprobs.response_logps(merged, batch)
+        torch.testing.assert_close(found, logps[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attach_has_the_layers_of_inject(arch):
+    """Not those with experts' names, nor those whose weight Mamba reads; all others."""
+    ours, theirs = lora.inject(build(arch), LORA), lora.attach(build(arch), LORA)
+    names = {n.rpartition(".")[0] for n, p in ours.named_parameters() if p.requires_grad}
+    assert names == set(theirs.targeted_module_names)
+    counts = [models.parameter_counts(model) for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+    leaves = {name.rpartition(".")[2] for name in names}
+    expected = {"mamba": {"in_proj"}, "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"}}
+    assert leaves == expected.get(arch, leaves)
+    ours(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad.any() for n, p in ours.named_parameters() if n.endswith(".B"))
+
+
+def test_layers_that_cannot_have_an_update_are_refused_by_name():
+    for arch, target in (("mamba", "out_proj"), ("mixtral", "w1"), ("deepseek_v3", "up_proj")):
+        with pytest.raises(ValueError, match=f"targets: .*{target}"):
+            lora.attach(build(arch), lora.LoraConfig(targets=target))
+
+
+def test_the_share_in_four_bits_is_logged(caplog):
+    """Of Mixtral's weights, attention alone: 2 layers of q and o (64 × 64), k and v (64 × 32)."""
+    caplog.set_level(logging.INFO, "labkit")
+    model = build("mixtral")
+    share = 2 * (2 * 64 * 64 + 2 * 64 * 32) / models.parameter_counts(model).total
+    qlora.quantize_model(model, QLORA)
+    assert f"{100 * share:.1f} %" in caplog.text and "*.mlp.experts.gate_up_proj" in caplog.text
+    qlora.quantize_model(build("qwen3"), QLORA)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_an_adapter_of_another_kind_is_refused(tiny_tokenizer, tmp_path):
+    """By the record of `models.save`; without it, a prefix by the shape of the cache."""
+    for technique in ("lora", "prefix", "adapter"):
+        tuned = attach(technique, build("qwen3"))
+        folder = models.save(tuned, tiny_tokenizer, tmp_path / technique)
+        with pytest.raises(ValueError, match="another base"):
+            load_again(technique, "bloom", folder)
+    attach("prefix", build("qwen3")).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ValueError, match="prefix does not fit"):
+        prefix.load_adapter(build("bloom"), tmp_path / "peft")

@@ -1,6 +1,5 @@
 """The command line refuses early, records what it ran, and closes what is interrupted."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from labkit import cli, memory, notebooks
+from labkit import cli, memory, notebooks, record
 
 CODE = """import os
 from pathlib import Path
@@ -24,11 +23,15 @@ SLEEP = """import time
 from pathlib import Path
 from labkit import record
 run = record.start("04_slow", {"rank": rank})
+run.path("checkpoints/checkpoint-1/made_with.json").write_text("{}")
 Path("started").write_text("")
 time.sleep(60)"""
 
 
-def save(path, code, parameters="rank: int = 8\ndata = 'tinytown'\nresume = ''", **about):
+PARAMETERS = "rank: int = 8\npart = 1\ndata = 'tinytown'\nresume = ''"
+
+
+def save(path, code, parameters=PARAMETERS, **about):
     """A notebook that runs in a second: a parameters cell and one cell of `code`."""
     cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     cells += [new_markdown_cell("## Work"), new_code_cell(code)]
@@ -41,7 +44,7 @@ def save(path, code, parameters="rank: int = 8\ndata = 'tinytown'\nresume = ''",
 def library(tmp_path, monkeypatch):
     """A folder with two tiny notebooks and a profile; the current folder is elsewhere."""
     folder, here = tmp_path / "notebooks", tmp_path / "here"
-    about = {"limits": {"rank": [1, None]}, "renamed": {"r": "rank"}}
+    about = {"limits": {"rank": [1, None]}, "renamed": {"r": "rank"}, "multiples": {"rank": "part"}}
     save(folder / "02_tiny.ipynb", CODE, **about)
     save(folder / "03_bad.ipynb", "raise ValueError(f'no {rank}')")
     (folder / "params").mkdir()
@@ -68,14 +71,15 @@ def call(monkeypatch, capfd):
     return run
 
 
-def record_of(folder):
-    return json.loads((folder / "record.json").read_text("utf-8"))
-
-
 REFUSED = [
     ("tyni", ["tyni"]),
     ("rnak", ["tiny", "-p", "rnak", "4"]),
     ("rank", ["tiny", "-p", "rank", "-1"]),
+    ("part", ["tiny", "-p", "rank", "9", "-p", "part", "2"]),
+    ("nowhere", ["tiny", "-p", "resume", "/nowhere"]),
+    ("none.jsonl", ["tiny", "-p", "data", "none.jsonl"]),
+    ("bad.jsonl", ["tiny", "-p", "data", "bad.jsonl"]),
+    ("chosen", ["tiny", "-p", "data", "pair.jsonl"]),
     ("missing.yaml", ["tiny", "-f", "missing.yaml"]),
     ("list.yaml", ["tiny", "-f", "list.yaml"]),
     ("gpuu", ["tiny", "--profile", "gpuu"]),
@@ -88,6 +92,8 @@ REFUSED = [
 @pytest.mark.parametrize(("named", "arguments"), REFUSED)
 def test_bad_input_is_refused_before_a_kernel_starts(library, call, monkeypatch, named, arguments):
     Path("list.yaml").write_text("- 1\n")
+    Path("bad.jsonl").write_text('{"colour": "red"}\n')
+    Path("pair.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     monkeypatch.setattr(notebooks, "execute", lambda *_, **__: pytest.fail("a kernel was started"))
     status, out, err = call("run", *arguments)
     assert status == 2 and out == "" and named in err and "Traceback" not in err
@@ -95,11 +101,11 @@ def test_bad_input_is_refused_before_a_kernel_starts(library, call, monkeypatch,
 
 
 def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call):
-    Path("mine.jsonl").write_text("{}\n")
+    Path("mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     status, out, err = call("run", "tiny", "-p", "r", 16, "-p", "data", "mine.jsonl")
     assert status == 0, err
     (folder,) = (library / "runs" / "02_tiny").iterdir()
-    found = record_of(folder)
+    (found,) = record.read_runs()
     assert found["parameters"] == {"rank": 16, "data": "mine.jsonl"}
     assert found["metrics"]["double"] == 32 and found["status"] == "finished"
     assert found["metrics"]["found"]  # a relative path means the caller's folder
@@ -116,7 +122,8 @@ def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):
     status, _, err = call("run", "bad", "tiny", "--profile", "gpu", "--output", "mine")
     assert status == 1 and "ValueError: no 32" in err and "Traceback" not in err
     (folder,) = Path("mine/runs/03_bad").iterdir()
-    assert record_of(folder)["status"] == "failed" and "no 32" in record_of(folder)["error"]
+    (found,) = record.read_runs("mine")
+    assert found["status"] == "failed" and "no 32" in found["error"]
     assert (folder / "notebook.ipynb").exists()
     assert not Path("mine/runs/02_tiny").exists()  # stopped at the first failure
     assert call("run", "bad", "tiny", "--keep-going")[0] == 1
@@ -126,6 +133,7 @@ def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):
 def test_later_sources_of_parameters_win(library, call, monkeypatch):
     given = []
     monkeypatch.setattr(cli, "_run_one", lambda path, values, _: given.append(values) or True)
+    monkeypatch.setattr(cli, "_check", lambda *_: None)
     Path("p.yaml").write_text("rank: 4\ndata: file\n")
     own = library / "notebooks" / "params" / "gpu" / "02_tiny.yaml"
     assert call("run", "tiny", "--profile", "gpu", "-f", "p.yaml", "-p", "data", "last")[0] == 0
@@ -137,7 +145,7 @@ def test_later_sources_of_parameters_win(library, call, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_unless_forced(library, call, monkeypatch):
-    save(library / "notebooks" / "02_lora.ipynb", CODE, "model = 'tinytown'\nrank = 8\ndata = ''")
+    save(library / "notebooks" / "02_lora.ipynb", CODE, f"model = 'tinytown'\n{PARAMETERS}")
 
     def check_fits(notebook, values):
         assert notebook == "02_lora" and values["rank"] == 8
@@ -163,22 +171,41 @@ def test_refresh_executes_in_place_and_leaves_a_failing_notebook_alone(library, 
     assert len(list(good.parent.glob(".*"))) == 0  # nothing is left beside them
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_stopped_run_is_closed_as_interrupted_with_its_folder(library, name):
-    save(library / "notebooks" / "04_slow.ipynb", SLEEP)
-    command = [sys.executable, "-m", "labkit.cli", "run", "slow"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def stopped(command, send, *signals):
+    """`labkit <command> slow`, stopped while its last cell runs, and its output."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "labkit.cli", command, "slow"]
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     deadline = time.monotonic() + 60
-    while not Path("started").exists() and time.monotonic() < deadline:
+    while not list(Path.cwd().parent.rglob("started")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    # Ctrl-C reaches the whole group, kernel included; a scheduler stops the parent.
-    (os.killpg if name == "SIGINT" else os.kill)(process.pid, getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    for name in signals:
+        send(process.pid, getattr(signal, name))
+        time.sleep(0.2)
+    return process, *process.communicate(timeout=60)
+
+
+# Ctrl-C reaches the whole group, kernel included; a scheduler stops the parent, or all of them.
+STOPS = [(os.kill, "SIGHUP"), (os.kill, "SIGINT", "SIGTERM"), (os.killpg, "SIGINT", "SIGINT")]
+
+
+@pytest.mark.parametrize("stop", [*STOPS, (os.killpg, "SIGTERM")])
+def test_a_stopped_run_is_closed_as_interrupted_with_its_folder(library, stop):
+    save(library / "notebooks" / "04_slow.ipynb", SLEEP)
+    process, out, err = stopped("run", *stop)
     (folder,) = (library / "runs" / "04_slow").iterdir()
-    assert process.returncode == 1 and record_of(folder)["status"] == "interrupted", err
-    assert f"-p resume {folder}" in out and (folder / "notebook.ipynb").exists()
+    assert process.returncode == 1 and record.read_runs()[0]["status"] == "interrupted", err
+    assert f"-p resume {folder}" in out and "Traceback" not in err
+    assert {f.name for f in folder.iterdir()} == {"checkpoints", "notebook.ipynb", "record.json"}
+
+
+def test_a_stopped_refresh_leaves_the_notebook_alone(library):
+    path = save(library / "notebooks" / "04_slow.ipynb", SLEEP)
+    before = path.read_bytes()
+    process, _, err = stopped("refresh", os.killpg, "SIGINT")
+    assert process.returncode == 1 and "interrupted" in err and path.read_bytes() == before
+    assert not list(path.parent.glob(".*"))
+    assert [run["status"] for run in record.read_runs()] == ["lost"]
 
 
 def test_list_shows_every_notebook_fast(library, call):

@@ -102,7 +102,6 @@ def test_the_same_rows_from_every_file_type(tmp_path):
     for name, got in loaded.items():
         assert len(got) == 36 and got == loaded["a.jsonl"], name
         assert all(row in rows for row in got)
-        data.check(str(tmp_path / name))
 
 
 @settings(deadline=None, max_examples=30)
@@ -165,18 +164,14 @@ def test_bad_file_is_named(tmp_path, name, content, place):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"data: .*{name}{place}"):
         data.load(str(tmp_path / name))
-    if content.count(b"\n") < 2:  # what is wrong with the first row, or the file, is seen at once
-        with pytest.raises(ValueError, match=f"data: .*{name}{place}"):
-            data.check(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("function", [data.load, data.check])
-def test_bad_names(tmp_path, function):
+def test_bad_names(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: .*mine\.jsonl"):
-        function("mine.jsonl")
+        data.load("mine.jsonl")
     for name, message in ((tmp_path, str(tmp_path)), ("tinytwon", "'tinytown'"), ("", "data")):
         with pytest.raises(ValueError, match=message):
-            function(str(name))
+            data.load(str(name))
 
 
 def test_bad_splits_limits_and_sets(tmp_path):
@@ -196,8 +191,8 @@ def fake_hub(monkeypatch, sets):
     made = {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     calls = []
 
-    def load_dataset(**kwargs):
-        calls.append(kwargs)
+    def load_dataset(path, name, **options):
+        calls.append((path, name, options["revision"]))
         return datasets.DatasetDict(made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -210,7 +205,7 @@ def test_hub_set_uses_its_own_parts_and_cuts_the_missing(monkeypatch):
     assert data.load("some/set:part", split="test") == [{"prompt": "qt", "completion": "at"}]
     train = data.load("some/set", revision="v2")
     held = data.load("some/set", split="validation")
-    assert calls[0] == {"path": "some/set", "name": "part"} and calls[1]["revision"] == "v2"
+    assert calls[:2] == [("some/set", "part", None), ("some/set", None, "v2")]
     assert len(train) == 38 and len(held) == 2
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
     with pytest.raises(ValueError, match="split.*dev"):
@@ -223,7 +218,7 @@ def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
     with caplog.at_level("WARNING", logger="labkit"):
         loaded = data.load("alpaca")
     assert 0 < len(loaded) < 31 and "alpaca" in caplog.text
-    assert calls == [{"path": "tatsu-lab/alpaca"}]
+    assert calls == [("tatsu-lab/alpaca", None, None)]
 
 
 def test_instructions_keep_their_parts():

@@ -17,7 +17,7 @@ PROMPTS = [
     "<|user|>What does Otto eat?<|end|><|assistant|>",
     "Mila",
     "小城里有一条河",
-    "What is three?",
+    "What is 3?",
 ]
 MANY_ENDS = set(range(0, 448, 3))
 
@@ -105,39 +105,31 @@ def test_a_soft_prompt_or_prefix_is_read_first(tiny_model, arch, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = peft.get_peft_model(tiny_model(arch), settings).eval()
-    responses = sample(model, IDS, max_new_tokens=6, ends={1}, temperature=0)
-    for ids, found in zip(IDS, responses, strict=True):
-        whole = list(ids)
-        for _ in found:
-            inputs = torch.tensor([whole])
+    found = sample(model, IDS, max_new_tokens=6, ends={1}, temperature=0)
+    for ids, response in zip(IDS, found, strict=True):
+        for t, token in enumerate(response):
+            inputs = torch.tensor([ids + response[:t]])
             logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
-            whole.append(int(logits[0, -1].argmax()))
-        assert whole[len(ids) :] == found
+            assert int(logits[0, -1].argmax()) == token
 
 
 @pytest.mark.parametrize("pause", [5, 16])
-def test_examples_that_go_on_after_their_eos_change_nothing(tiny_model, monkeypatch, arch, pause):
+def test_examples_that_go_on_after_their_eos_change_nothing(tiny_model, monkeypatch, pause):
     """On a GPU the host looks for examples that have ended every 16 tokens only."""
-    model, uniforms = tiny_model(arch), np.random.default_rng(0).random((6, 12))
+    model, uniforms = tiny_model(), np.random.default_rng(0).random((6, 12))
     expected = draw(model, IDS, uniforms, MANY_ENDS)
     monkeypatch.setattr(generation, "STEPS_BETWEEN_CHECKS", {"cpu": pause})
     assert draw(model, IDS, uniforms, MANY_ENDS) == expected
 
 
-def test_dropout_is_off_and_modes_are_put_back(tiny_model, tiny_tokenizer):
+def test_dropout_is_off(tiny_model, tiny_tokenizer):
     model = lora.attach(tiny_model("gpt2"), lora.LoraConfig(rank=4, dropout=0.5)).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    frozen = next(module for module in model.modules() if isinstance(module, nn.Dropout))
-    frozen.eval()
     options = dict(max_new_tokens=12, template="plain")
     first, again = (responses(model, tiny_tokenizer, PROMPTS, **options) for _ in range(2))
     assert first == again == responses(model.eval(), tiny_tokenizer, PROMPTS, **options)
-    model.train()
-    frozen.eval()
-    generate(model, tiny_tokenizer, ["Mila"], max_new_tokens=2)
-    assert model.training and not frozen.training
 
 
 def test_the_models_own_sampling_settings_are_not_inherited(tiny_model, tiny_tokenizer):
@@ -181,16 +173,8 @@ def test_a_seed_repeats_samples_and_leaves_the_global_state(tiny_model, tiny_tok
     )
     assert first == again != other
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_responses_are_texts_in_order_with_random_numbers_of_their_own(tiny_model, tiny_tokenizer):
-    model, options = tiny_model(), dict(each=3, max_new_tokens=6, template="plain")
-    found, again, other = (
-        responses(model, tiny_tokenizer, ["Mila lives", "小城里"], seed=seed, **options)
-        for seed in (1, 1, 2)
-    )
-    assert [len(texts) for texts in found] == [3, 3] and len({*found[0], *found[1]}) > 3
-    assert again == found != other
+    found = responses(model, tiny_tokenizer, PROMPTS, each=3, seed=1, template="plain")
+    assert [len(set(texts)) for texts in found] == [3] * 4
 
 
 def test_prompts_longer_than_the_context_lose_their_beginning(tiny_model, tiny_tokenizer, caplog):

@@ -73,15 +73,6 @@ def test_sums_and_means_by_example(tiny_model):
     torch.testing.assert_close(torch.stack([p.sum() for p in pieces]), sum_by_example(logps, batch))
 
 
-def test_the_mean_is_minus_the_librarys_loss(tiny_model, arch):
-    """Parity: transformers' mean cross-entropy with the prompt's labels ignored."""
-    model, ids = tiny_model(arch), [9, 20, 33, 8, 40, 41]
-    loss = model(torch.tensor([ids]), labels=torch.tensor([[-100] * 3 + ids[3:]])).loss
-    batch = pack([example(ids, 3)])
-    mean = mean_by_example(response_logps(model, batch), batch)
-    assert mean.item() == pytest.approx(-loss.item(), abs=1e-5)
-
-
 def test_hidden_states_and_logits_are_those_of_the_response(tiny_model, arch):
     model, examples = tiny_model(arch), [example([9, 20, 33, 8], 2), example([7, 6, 5], 1)]
     hidden, logits, logps = response_outputs(model, pack(examples))

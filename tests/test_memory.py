@@ -1,18 +1,19 @@
 """The planner: exact counts by hand, and peaks of real steps against the allocator's record."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from labkit import memory, models, training
+from labkit import cli, memory, models, training
 from labkit.batching import Example
-from labkit.simulation import OVERHEAD, PARTS, Setting, simulate
+from labkit.simulation import PARTS, Setting, simulate
 from labkit.techniques import adapter, full, lora, ppo, prefix, qlora, reward, rollout
 
-PARAMETERS = 6_738_415_616  # of LLaMA 7B
+SMALL = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, vocab_size=200)
 ATTACH = {
     "full": (full, full.FullConfig()),
     "lora": (lora, lora.LoraConfig()),
@@ -22,24 +23,24 @@ ATTACH = {
 }
 
 
-@pytest.fixture(scope="module")
-def small():
-    """Four narrow blocks of LLaMA: enough to be extrapolated."""
-    shape = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4)
-    return memory.plan(memory.llama("7B") | shape | {"vocab_size": 200}, "full").config
+@cache
+def small(blocks=2):
+    return models.meta_model(memory.llama("7B") | SMALL | {"num_hidden_layers": blocks}).config
 
 
-def total(config, **settings):
-    return sum(simulate(config, Setting(**settings)).values())
+@cache
+def parts(technique, blocks=2, depths=(2,), **settings):
+    return simulate(small(blocks), Setting(technique, **settings), depths)
+
+
+def total(*args, **settings):
+    return sum(parts(*args, **settings).values())
 
 
 def test_full_fine_tuning_takes_16_bytes_a_parameter():
     """float32: 4 for a weight, 4 for its gradient, 8 for AdamW's two moments."""
     planned = memory.plan(memory.llama("7B"), "full", device="cuda")
-    kept = sum(planned.parts[part] for part in ("weights", "gradients", "optimizer states"))
-    assert kept == pytest.approx(16 * PARAMETERS, rel=0.02)
-    assert planned.total > 16 * PARAMETERS
-    assert models.parameter_counts(models.meta_model(planned.config)).total == PARAMETERS
+    assert sum([*planned.parts.values()][:3]) == pytest.approx(16 * 6_738_415_616, rel=0.02)
 
 
 def test_the_chapters_nine_numbers():
@@ -52,59 +53,40 @@ def test_the_chapters_nine_numbers():
 
 
 @pytest.mark.parametrize("technique", ["full", "qlora", "reward", "ppo"])
-def test_blocks_that_are_alike_need_not_all_be_simulated(small, technique, monkeypatch):
-    extrapolated = total(small, technique=technique, batch_size=2, sequence_length=40)
-    monkeypatch.setattr("labkit.simulation._alike", lambda config: False)
-    assert extrapolated == total(small, technique=technique, batch_size=2, sequence_length=40)
+def test_blocks_that_are_alike_need_not_all_be_simulated(technique):
+    size = dict(blocks=5, batch_size=2, sequence_length=40)
+    assert parts(technique, depths=(3, 2), **size) == parts(technique, depths=(5,), **size)
 
 
-@pytest.mark.parametrize("technique", ["full", "lora", "ppo"])
-@pytest.mark.parametrize(
-    "more", [{"batch_size": 3}, {"sequence_length": 80}, {"gradient_accumulation": 2}]
-)
-def test_more_never_needs_less(small, technique, more):
-    s = dict(technique=technique, device="cuda", batch_size=2, sequence_length=40)
-    assert total(small, **s | more) >= total(small, **s)
+@pytest.mark.parametrize("technique", ["full", "lora", "qlora", "ppo"])
+def test_more_never_needs_less(technique):
+    s = dict(device="cuda", batch_size=4, sequence_length=100)
+    for more in {"batch_size": 6}, {"sequence_length": 160}, {"gradient_accumulation": 2}:
+        assert total(technique, **s | more) >= total(technique, **s)
+    assert total(technique, **s, response_share=0.2) < total(technique, **s)
+    if technique != "ppo":
+        assert total(technique, **s, gradient_checkpointing=True) < total(technique, **s)
 
 
-@pytest.mark.parametrize("technique", ["full", "lora", "qlora"])
-def test_checkpointing_and_shorter_responses_need_less(small, technique):
-    s = dict(technique=technique, device="cuda", batch_size=4, sequence_length=100)
-    assert total(small, **s, gradient_checkpointing=True) < total(small, **s)
-    assert total(small, **s, response_share=0.2) < total(small, **s)
-
-
-def test_optimizers(small):
+def test_optimizers():
     """In 8 bits a state has a byte, and each 256 a float32 scale: 2 · (1 + 4/256) = 2.03125."""
-    states = {
-        name: simulate(small, Setting("full", optimizer=name))["optimizer states"]
-        for name in ("adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit", "sgd")
-    }
-    count = models.parameter_counts(models.meta_model(small)).total
-    expected = [8, 2.03125, 8, 0]
-    assert [n / count for n in states.values()] == pytest.approx(expected, rel=0.01)
-    paged = memory.plan(small, "full", optimizer="paged_adamw_8bit", device="cuda")
+    names = ("adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit", "sgd")
+    sizes = [parts("full", optimizer=name)["optimizer states"] for name in names]
+    count = models.parameter_counts(models.meta_model(small())).total
+    assert np.divide(sizes, count) == pytest.approx([8, 2.03125, 8, 0], rel=0.01)
+    paged = memory.plan(small(), "full", optimizer="paged_adamw_8bit", device="cuda")
     outside = paged.parts["optimizer states"] + paged.parts["runtime overhead"]
     assert paged.allocated == paged.total - outside  # the driver holds what is paged
 
 
-def examples(count, length, share=1.0):
-    ids = np.random.default_rng(0).integers(10, 400, size=(count, length))
-    mask = np.arange(length) >= length - round((length - 1) * share)
-    return [Example(row, mask.astype(np.int64)) for row in ids]
-
-
 def peak(model, batch_size, length, share=1.0, **options):
     """The allocator's peak over two steps of labkit's trainer."""
+    ids = np.random.default_rng(0).integers(10, 400, size=(2 * batch_size, length))
+    mask = np.arange(length) >= length - round((length - 1) * share)
+    examples = [Example(row, mask.astype(np.int64)) for row in ids]
     config = training.TrainConfig(batch_size=batch_size, max_steps=2, **options)
     with memory.measured(model) as found:
-        training.fit(
-            model,
-            examples(4 * batch_size, length, share),
-            training.sft_loss,
-            config,
-            progress=False,
-        )
+        training.fit(model, examples, training.sft_loss, config, progress=False)
     return found.peak_bytes
 
 
@@ -126,18 +108,11 @@ def test_the_embedded_model_takes_what_was_planned(
     technique, batch_size, length, checkpointing, share
 ):
     model, _ = models.load("tinytown")
-    planned = memory.plan(
-        model,
-        technique,
-        batch_size=batch_size,
-        sequence_length=length,
-        gradient_checkpointing=checkpointing,
-        response_share=share,
-        device="cpu",
-    )
+    size = dict(batch_size=batch_size, sequence_length=length, response_share=share, device="cpu")
+    planned = memory.plan(model, technique, gradient_checkpointing=checkpointing, **size)
     module, config = ATTACH[technique]
-    options = dict(share=share, gradient_checkpointing=checkpointing)
-    took = peak(module.attach(model, config), batch_size, length, **options)
+    model = module.attach(model, config)
+    took = peak(model, batch_size, length, share, gradient_checkpointing=checkpointing)
     assert planned.allocated == pytest.approx(took, rel=0.05)
 
 
@@ -151,11 +126,10 @@ def test_other_architectures_take_what_was_planned(tiny_model, arch):
 def test_a_reward_model_takes_what_was_planned():
     model, tokenizer = models.load("tinytown")
     words = [" ".join(["Mila"] * n) for n in (38, 39, 40)]
-    rows = [{"prompt": "Who?", "responses": words, "ranks": [2, 1, 0]}] * 16
-    lengths = [len(tokenizer(f"Question: Who?\nAnswer: {text}")["input_ids"]) for text in words]
-    planned = memory.plan(
-        "tinytown", "reward", batch_size=4, ranked=3, sequence_length=max(lengths), device="cpu"
-    )
+    rows = [{"prompt": "Who?", "responses": words, "ranks": [2, 1, 0]}] * 8
+    length = len(tokenizer(f"Question: Who?\nAnswer: {words[-1]}")["input_ids"])
+    size = dict(batch_size=4, ranked=3, sequence_length=length, device="cpu")
+    planned = memory.plan("tinytown", "reward", **size)
     config = reward.RewardConfig(batch_size=4, max_steps=2)
     with memory.measured(model) as found:
         reward.train(model, tokenizer, rows, config, progress=False)
@@ -166,10 +140,9 @@ def test_a_reward_model_takes_what_was_planned():
 def test_ppo_takes_what_was_planned(rank, monkeypatch):
     model, tokenizer = models.load("tinytown")
     model = lora.attach(model, lora.LoraConfig(rank=rank)) if rank else model
-    sample, lengths = rollout.sample, []
+    lengths = []
 
     def of_one_length(model, ids, *args, **options):  # no response ends early
-        sample(model, ids, *args, **options)
         lengths.append(len(ids[0]) + 32)
         return [[9] * 32 for _ in ids]
 
@@ -194,58 +167,84 @@ def test_measured_is_the_allocators_peak():
     assert found.peak_bytes == 40_400 + 6_000_000
 
 
-def test_advice(small):
-    s = dict(batch_size=64, sequence_length=128, device="cuda")
-    planned = memory.plan(small, "full", **s)
+def test_advice(monkeypatch):
+    planned = memory.plan(small(), "full", batch_size=64, sequence_length=128, device="cuda")
     assert planned.fits is None or torch.cuda.is_available()
     tight = replace(planned, device_memory=planned.total - 1)
     assert tight.fits is False and tight.nearest.fits
     assert tight.nearest.setting == replace(tight.setting, batch_size=32, gradient_accumulation=2)
-    assert "batch_size=32" in tight.advice
-    assert replace(planned, device_memory=planned.parts[OVERHEAD]).nearest is None
+    assert "batch_size=32" in tight.advice and "accumulation=2" in tight.advice
+    monkeypatch.setattr(memory, "simulate", lambda *_: planned.parts)  # nothing helps
+    assert replace(tight, setting=replace(tight.setting, sequence_length=3)).nearest is None
+    assert "smaller model" in replace(tight, device_memory=1.0).advice
 
 
-def test_what_cannot_be_planned(small):
-    for name, value in {"technique": "lorra", "optimizer": "adam", "batch_size": 0}.items():
+def test_what_cannot_be_planned():
+    wrong = {"technique": "lorra", "optimizer": "adam", "batch_size": 0, "targets": "wrong"}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
-            memory.plan(small, **{name: value})
-    with pytest.raises(ValueError, match="targets"):
-        memory.plan(small, targets="wrong")
+            memory.plan(small(), **{name: value})
     with pytest.raises(ValueError, match="gradient_checkpointing"):
-        memory.plan(small, "prefix", gradient_checkpointing=True)
+        memory.plan(small(), "prefix", gradient_checkpointing=True)
     with pytest.raises(OSError):
         memory.plan("nobody/nothing-here")
 
 
-RLHF = dict(sft_rows=10, max_length=64, max_new_tokens=16, batch_size=64, minibatch_size=32)
-
-
-def test_all_stages_of_rlhf(tiny_folder):
-    values = RLHF | dict(model=str(tiny_folder("qwen2")), lora_rank=0, dtype="auto", device="cpu")
-    plans = memory.plan_notebook("08_rlhf", values)
+def test_all_stages_of_a_notebook(tiny_folder, monkeypatch):
+    values = dict(model=str(tiny_folder("qwen2")), max_length=64, device="cpu", dtype="auto")
+    rlhf = dict(max_new_tokens=16, batch_size=64, minibatch_size=32, lora_rank=0)
+    plans = memory.plan_notebook("08_rlhf", values | rlhf)
     assert [p.setting.technique for p in plans] == ["full", "reward", "ppo"]
     assert [p.setting.batch_size for p in plans] == [16, 16, 32]
     weights = plans[0].parts["weights"]  # policy and reference, the tuned model, the reward model
     assert plans[2].parts["weights"] == pytest.approx(4 * weights, rel=0.2)
+    tight = replace(plans[2], device_memory=plans[2].total - 1e6)
+    assert "minibatch_size=16" in tight.advice  # the notebook's own name, and only what it has
+    assert replace(plans[0], device_memory=1.0).advice.endswith("take a smaller model.")
+    monkeypatch.setattr(memory, "simulate", lambda *_: dict.fromkeys(PARTS, 1.0))
+    pairs = [memory.plan_notebook("09_dpo", values | rlhf | {"lora_rank": r})[0] for r in (0, 4)]
+    assert [(p.setting.technique, p.setting.rank) for p in pairs] == [("full", None), ("lora", 4)]
+    assert pairs[0].setting.sequence_length == 128  # two responses
+    for also, expected in ({}, ["lora"]), ({"full_learning_rate": 1e-3}, ["lora", "full"]):
+        found = memory.plan_notebook("02_lora", values | also)
+        assert [p.setting.technique for p in found] == expected
+    assert memory.plan_notebook("00_start_here", values) == []
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_numbers(tiny_folder, monkeypatch):
-    values = RLHF | dict(model=str(tiny_folder("llama")), lora_rank=0, device="cpu")
-    memory.check_fits("08_rlhf", values)
-    monkeypatch.setattr(memory, "free", lambda device: 550.5e6)
-    with pytest.raises(ValueError, match=r"(?s)08_rlhf.*full.*550.5 MB.*--force"):
-        memory.check_fits("08_rlhf", values)
-    memory.check_fits("00_start_here", values)
-    memory.check_fits("02_lora", {"model": "tinytown"})
-    with pytest.raises(ValueError, match="--force"):
-        memory.check_fits("02_lora", values | {"model": "nobody/nothing-here"})
+@pytest.mark.parametrize("technique", ["full", "reward", "ppo"])
+def test_a_run_of_which_a_stage_cannot_fit_is_refused(technique, tiny_folder, monkeypatch, capsys):
+    """By `labkit run`, with the numbers; --force runs it all the same."""
+    ran, folder = [], str(tiny_folder("llama"))
+    sizes = lambda _, s, __: dict.fromkeys(PARTS, 8e8 if s.technique == technique else 1e8)  # noqa: E731
+    monkeypatch.setattr(memory, "simulate", sizes)
+    monkeypatch.setattr(memory, "free", lambda device: 3e9)
+    monkeypatch.setattr(cli, "_run_one", lambda path, *_: ran.append(path.stem) or True)
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["labkit", "run", "rlhf", "-p", "model", folder, *more])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code, capsys.readouterr().err
+
+    status, said = run()
+    assert status == 2 and not ran
+    assert all(text in said for text in ("08_rlhf", technique, "4.00 GB of 3.00 GB", "--force"))
+    assert run("--force")[0] == 0 and ran == ["08_rlhf"]
+    status, said = run("-p", "model", "nobody/nothing-here")
+    assert status == 2 and "--force" in said
+    memory.check_fits("08_rlhf", {"model": "tinytown"})
 
 
-def test_a_plan_shows_itself(small):
-    planned = memory.plan(small, "qlora", device="cuda", device_memory=4e9)
+def test_a_plan_shows_itself():
+    planned = memory.plan(small(), "qlora", device="cuda", device_memory=4e9)
+    planned = replace(planned, name="/a/long/path/" * 7 + "model, 7.62 B parameters")
     for text in (repr(planned), planned._repr_html_()):
         assert all(part in text for part in (*PARTS, "total", "Needs"))
-    axes = planned.figure().axes[0]
+    figure = planned.figure()
+    axes = figure.axes[0]
     tops = [bar.get_y() + bar.get_height() for bar in axes.patches]
     assert max(tops) == pytest.approx(planned.total / 1e9)
     assert [line.get_ydata()[0] for line in axes.lines] == [4.0]
+    figure.savefig("/dev/null", format="png")
+    box = axes.title.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width

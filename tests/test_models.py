@@ -1,7 +1,6 @@
 """Truths about models: what is saved comes back, counts are exact, a trainer leaves no trace."""
 
 import copy
-import json
 import os
 import random
 import shutil
@@ -59,18 +58,9 @@ def only_pickle(folder):
     without(folder, "*.safetensors")
 
 
-def half_file(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def rewrite(file, change):
     """Changes the weights in a file of safetensors."""
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
-def half_weights(folder):
-    rewrite(folder / "model.safetensors", without_layer_1)
 
 
 def without_layer_1(weights):
@@ -85,8 +75,8 @@ SPOILT = {
     "no folder": shutil.rmtree,
     "broken config": lambda folder: (folder / "config.json").write_text("{"),
     "another kind": lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
-    "half a file": half_file,
-    "half the weights": half_weights,
+    "half a file": lambda folder: os.truncate(folder / "model.safetensors", 99_999),
+    "half the weights": lambda folder: rewrite(folder / "model.safetensors", without_layer_1),
 }
 
 
@@ -108,10 +98,26 @@ def test_saving_replaces_a_model_but_no_other_files(tiny_model, tiny_tokenizer, 
         models.save(tiny_model(), tiny_tokenizer, folder)
     assert (folder / "notes.md").read_text() == "mine"
     assert "shards" not in capfd.readouterr().err
-    model = tiny_model()
-    model.register_buffer("packed", torch.zeros(4, dtype=torch.uint8))  # a base in four bits
-    with pytest.raises(ValueError, match="model"):
-        models.save(model, tiny_tokenizer, tmp_path / "four")
+    four_bits, broken = tiny_model(), tiny_model()
+    four_bits.register_buffer("packed", torch.zeros(4, dtype=torch.uint8))
+    broken.lm_head.weight.data[3] = torch.inf
+    for model, reason in ((four_bits, "four bits"), (broken, "finite")):
+        with pytest.raises(ValueError, match=f"model: .*{reason}"):
+            models.save(model, tiny_tokenizer, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("answered", ["{{ m['content'] + '<|system|>' }}", "{{ no(1) }}"])
+def test_a_saved_model_stops_where_its_template_ends(
+    tiny_model, tiny_tokenizer, tmp_path, answered
+):
+    """As Qwen2.5 and Phi-3: the template ends in one token, the tokenizer's EOS is another."""
+    tiny_tokenizer.chat_template = "{% for m in messages %}" + answered + "{% endfor %}"
+    model, ends = tiny_model(), [1, 2] if "system" in answered else [1]
+    folder = models.save(model, tiny_tokenizer, tmp_path / "m")
+    assert models.load(str(folder))[0].generation_config.eos_token_id == ends
+    assert models.eos_ids(model, tiny_tokenizer) == {*ends}
+    assert model.generation_config.eos_token_id == 1
 
 
 def test_a_failed_save_leaves_the_earlier_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
@@ -359,13 +365,12 @@ def test_an_adapter_knows_its_base(tiny_model, tiny_tokenizer, tmp_path, caplog)
     folder = saved_adapter(tiny_model, tiny_tokenizer, tmp_path / "a", target_modules=layers)
     with pytest.raises(ValueError, match="base"):
         models.load_adapter(tiny_model("qwen2"), folder)
-    record = json.loads((folder / "labkit.json").read_text())
-    record["base"]["weights"] = "4-bit"
-    (folder / "labkit.json").write_text(json.dumps(record))
+    record = folder / "labkit.json"
+    record.write_text(record.read_text().replace("torch.float32", "4-bit"))
     models.load_adapter(tiny_model(), folder)
     assert "qlora" in caplog.text
-    config = (folder / "adapter_config.json").read_text().replace('"LORA"', '"LABKIT_OTHER"')
-    (folder / "adapter_config.json").write_text(config)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"LABKIT_OTHER"'))
     with pytest.raises(ValueError, match="import labkit.techniques.adapter"):
         models.load_adapter(tiny_model(), folder)
 

@@ -54,6 +54,13 @@ def test_grouped_bars_keep_the_heights():
     assert axes.yaxis.get_major_formatter()(0.5, 0) == "50%"
 
 
+def test_every_text_of_a_figure_can_be_chinese(monkeypatch):
+    monkeypatch.setattr(plots, "_CJK_FONTS", "DejaVu Serif, Not Installed")
+    axes = plots.bars({"河边": {"磨坊": 1.0}, "b": {"磨坊": 2.0}}, title="t", ylabel="y").axes[0]
+    for text in (axes.title, axes.legend_.get_texts()[0], axes.get_xticklabels()[0]):
+        assert text.get_fontfamily() == ["DejaVu Sans", "DejaVu Serif"]
+
+
 def test_values_that_do_not_match_their_axis_are_refused():
     with pytest.raises(ValueError):
         plots.sweep([1, 2], {"a": [[1]]}, **LABELS)

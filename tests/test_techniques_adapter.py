@@ -2,7 +2,6 @@
 
 import inspect
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -10,18 +9,12 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from labkit import models, training
-from labkit.batching import Example
+from labkit import models
 from labkit.techniques import adapter, qlora
 from labkit.techniques.adapter import AdapterConfig, Bottleneck, BottleneckConfig
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 SMALL = AdapterConfig(bottleneck=6)
-
-
-@pytest.fixture(params=["houlsby", "pfeiffer"])
-def placement(request):
-    return request.param
 
 
 @torch.no_grad()
@@ -44,16 +37,6 @@ def bottlenecks(model, name="default"):
     return [layer[name] for layer in found if name in layer]
 
 
-def fit(model, **settings):
-    config = training.TrainConfig(learning_rate=2e-2, **settings)
-    examples = [Example(np.arange(3, 12 + i), (np.arange(9 + i) > 4).astype(int)) for i in range(6)]
-    return training.fit(model, examples, training.sft_loss, config, progress=False)
-
-
-def dtypes(model):
-    return {p.dtype for p in model.parameters() if p.requires_grad}
-
-
 def test_worked_example():
     """D = (1, -1), b = 1/2, U = (2, 0)ᵀ, c = (0, 1), f = relu.
 
@@ -66,6 +49,7 @@ def test_worked_example():
     assert layer(torch.tensor([[3.0, 1.0], [1.0, 3.0]])).tolist() == [[8.0, 2.0], [1.0, 4.0]]
 
 
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
 def test_starts_as_the_identity_and_at_first_only_u_trains(tiny_model, arch, placement):
     """dL/dD passes through U, which is zero: the first step moves U and c alone."""
     tuned = adapter.attach(tiny_model(arch), AdapterConfig(6, placement)).eval()
@@ -81,7 +65,8 @@ def test_starts_as_the_identity_and_at_first_only_u_trains(tiny_model, arch, pla
     assert count == adapter.parameters(64, 2, AdapterConfig(6, placement))
     assert adapter.parameters(4096, 32, AdapterConfig(64)) == 33_820_672  # Llama-2-7B
     half = adapter.attach(tiny_model(arch).bfloat16(), SMALL)
-    assert dtypes(half) == {torch.float32} and logits(half).dtype == torch.bfloat16
+    assert {p.dtype for one in bottlenecks(half) for p in one.parameters()} == {torch.float32}
+    assert logits(half).dtype == torch.bfloat16
 
 
 def by_hand(model, arch, placement, weights, f):
@@ -119,13 +104,13 @@ def assert_equals_hand(tuned, plain, arch, placement="houlsby", f=torch.relu):
             torch.testing.assert_close(getattr(one, name).grad, twin.grad, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["relu", "silu"])
+@pytest.mark.parametrize(("placement", "name"), [("houlsby", "relu"), ("pfeiffer", "silu")])
 def test_parity_with_hooks_on_a_frozen_model(tiny_model, arch, placement, name):
     tuned = randomize(adapter.attach(tiny_model(arch), AdapterConfig(6, placement, name)).eval())
     assert_equals_hand(tuned, tiny_model(arch), arch, placement, getattr(nn.functional, name))
 
 
-def test_a_four_bit_base_and_training(tiny_model, tiny_tokenizer, tmp_path):
+def test_a_four_bit_base(tiny_model, tiny_tokenizer, tmp_path):
     """Against the same model with its weights taken out of four bits."""
 
     def base():
@@ -134,8 +119,6 @@ def test_a_four_bit_base_and_training(tiny_model, tiny_tokenizer, tmp_path):
     tuned = adapter.attach(base(), SMALL).eval()
     assert torch.equal(logits(tuned), logits(base()))
     assert_equals_hand(randomize(tuned), qlora.dequantize_model(base()), "llama")
-    result = fit(tuned, max_steps=12)
-    assert result.loss < result.history[0]["loss"] and dtypes(tuned) == {torch.float32}
     with tuned.disable_adapter():
         assert torch.equal(logits(tuned), logits(base()))
     folder = models.save(tuned, tiny_tokenizer, tmp_path / "adapter")
@@ -165,12 +148,10 @@ def test_adapters_are_switched_and_disabled(tiny_model, arch):
     assert torch.equal(logits(tuned.unload()), before)
 
 
-def test_a_saved_adapter_comes_back_under_any_name(tiny_model, tiny_tokenizer, tmp_path, arch):
-    config = AdapterConfig(6, "pfeiffer", "gelu")
-    tuned = randomize(adapter.attach(tiny_model(arch), config).eval())
-    folder = models.save(tuned, tiny_tokenizer, tmp_path / "adapter")
-    assert torch.equal(logits(models.load_adapter(tiny_model(arch), folder)), logits(tuned))
-    other = adapter.attach(tiny_model(arch), SMALL, name="mine").eval()
+def test_a_saved_adapter_comes_back_under_any_name(tiny_model, tiny_tokenizer, tmp_path):
+    tuned = adapter.attach(tiny_model(), AdapterConfig(6, "pfeiffer", "gelu"))
+    folder = models.save(randomize(tuned.eval()), tiny_tokenizer, tmp_path / "adapter")
+    other = adapter.attach(tiny_model(), SMALL, name="mine").eval()
     other.load_adapter(folder, adapter_name="theirs")
     other.set_adapter("theirs")
     assert torch.equal(logits(other), logits(tuned))

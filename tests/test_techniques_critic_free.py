@@ -92,35 +92,43 @@ def test_it_learns_what_is_rewarded(tiny_folder, method):
     assert history[-1]["kl"] > 0.05 > abs(history[0]["kl"])
 
 
-def test_a_begin_token_stands_once(tiny_folder, make_tokenizer):
-    """Llama's tokenizer puts one before every text, and so does its template."""
+def nothing(prompts, responses):
+    return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize("single", ["<|begin|> $A", "<|begin|> $A <|end|>"])
+def test_a_prompt_is_what_its_template_makes_it(tiny_model, make_tokenizer, single):
+    """A tokenizer puts a BOS before every text, as its template does, and an EOS after it."""
     from tokenizers.processors import TemplateProcessing
 
-    model, _ = models.load(str(tiny_folder()), dtype="float32")
-    tokenizer, seen, forward = make_tokenizer(chat=False), [], model.forward
+    model, tokenizer = tiny_model(), make_tokenizer(chat=False)
+    seen, forward = [], model.forward
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
-    )
-    model.resize_token_embeddings(len(tokenizer))
+    special = [("<|begin|>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)]
+    processor = TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = processor
     model.forward = lambda *a, **k: seen.append(k["input_ids"]) or forward(*a, **k)
     config = CriticFreeConfig(**{**SMALL, "steps": 1}, beta=0.0)
-    critic_free.train(model, tokenizer, PROMPTS, lambda p, r: [0.0] * len(r), config)
-    counts = (seen[0] == tokenizer.bos_token_id).sum(1)
-    assert counts.tolist() == [1] * len(counts)
+    critic_free.train(model, tokenizer, PROMPTS, nothing, config)
+    assert set((seen[0] == tokenizer.bos_token_id).sum(1).tolist()) == {1}
+    assert not (seen[0] == tokenizer.eos_token_id).any()
 
 
 @pytest.mark.parametrize("method", critic_free.METHODS)
-@pytest.mark.parametrize("kind", ["trained in place", "made in memory", "LoRA"])
+@pytest.mark.parametrize("kind", ["trained in place", "made in memory", "LoRA", "bfloat16"])
 def test_the_reference_is_the_model_as_it_comes(
     tiny_folder, tiny_model, tiny_tokenizer, method, kind
 ):
     """KL before any update is 0; afterwards nothing but weights has changed, dropout included."""
     model = tiny_model("gpt2") if kind == "made in memory" else models.load(tiny_folder("gpt2"))[0]
+    model.generation_config.update(temperature=0.6, no_repeat_ngram_size=1)  # has no effect
     if kind == "LoRA":
         model = lora.attach(model, lora.LoraConfig(rank=2))
+    if kind == "bfloat16":
+        model = model.bfloat16()
     with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).add_(0.5)
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
     config = CriticFreeConfig(method, **SMALL, beta=0.1, learning_rate=1e-9)
 
     def state():
@@ -130,7 +138,7 @@ def test_the_reference_is_the_model_as_it_comes(
         return dropout, modes, configs, [name for name, _ in model.named_parameters()]
 
     before = state()
-    history = critic_free.train(model, tiny_tokenizer, PROMPTS, lambda p, r: [0.0] * len(r), config)
+    history = critic_free.train(model, tiny_tokenizer, PROMPTS, nothing, config)
     assert all(abs(entry["kl"]) < 1e-5 for entry in history) and len(history) == 2
     assert state() == before
 
@@ -141,12 +149,12 @@ def test_a_response_ends_where_the_template_ends_it(tiny_model, tiny_tokenizer, 
 
     given, real = [], trl.RLOOTrainer.__init__
     monkeypatch.setattr(
-        trl.RLOOTrainer, "__init__", lambda self, **k: given.append(real(self, **k) or self)
+        trl.RLOOTrainer, "__init__", lambda self, *a, **k: given.append(real(self, *a, **k) or self)
     )
     template = tiny_tokenizer.chat_template.replace("eos_token", "'<|system|>'")
     tiny_tokenizer.chat_template = template
     config = CriticFreeConfig(**{**SIZES, "steps": 1})
-    critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, lambda p, r: [0.0] * len(r), config)
+    critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, nothing, config)
     assert set(given[0].eos_token_ids) == {1, 2}
 
 
@@ -154,6 +162,11 @@ def test_refusals(tiny_model, tiny_tokenizer):
     for wrong in (dict(method="ppo"), dict(generations=3), dict(minibatch_size=3), dict(beta=-1)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CriticFreeConfig(**{**SMALL, **wrong})
-    failing, config = lambda prompts, responses: [float("nan")] * 8, CriticFreeConfig(**SMALL)
-    with pytest.raises(ValueError, match="prompt '.*', response"):
-        critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, failing, config)
+    config, frozen = CriticFreeConfig(**SMALL), tiny_model().requires_grad_(False)
+    failing = lambda prompts, responses: [float("nan")] * 8  # noqa: E731
+    for model, reward, named in (
+        (tiny_model(), failing, "prompt '.*', response"),
+        (frozen, nothing, "frozen"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            critic_free.train(model, tiny_tokenizer, PROMPTS, reward, config)

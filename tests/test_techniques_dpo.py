@@ -182,3 +182,61 @@ def test_accumulation_changes_nothing(tiny_model, make_pairs, size):
         training.fit(model, pairs, loss, config, collate=pack_pairs, progress=False)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+ROWS = [
+    {
+        "prompt": f"What is {n} plus one?",
+        "chosen": f"It is {n + 1}.",
+        "rejected": "Bread " * (n % 3 + 1),
+    }
+    for n in range(12)
+]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("tuned", ["full", "lora"])
+def test_a_killed_run_goes_on_with_the_same_reference(tiny_model, tiny_tokenizer, tmp_path, tuned):
+    """Bit for bit what an uninterrupted run gives; another start is refused."""
+
+    def start(seed=0):
+        model = tiny_model("gpt2", seed)
+        return model if tuned == "full" else lora.attach(model, lora.LoraConfig(rank=4))
+
+    def run(model, place, **options):
+        config = DPOConfig(batch_size=4, epochs=2, learning_rate=1e-3, save_steps=4, **options)
+        done = dpo.train(
+            model, tiny_tokenizer, ROWS, config, output_dir=tmp_path / place, progress=False
+        )
+        return done.history, weights(model)
+
+    torch.manual_seed(0)
+    first = start()
+    copy_of = {name: p.clone() for name, p in first.state_dict().items()}
+    whole, expected = run(first, "whole")
+    assert len(whole) == 6 and whole[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    again = start()
+    again.load_state_dict(copy_of)
+    resumed, found = run(again, "more", resume=str(tmp_path / "whole" / "checkpoint-4"))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="resume"):
+        run(start(seed=1), "other", resume=str(tmp_path / "whole"))
+
+
+def test_held_out_rows_have_their_own_reference(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    config = DPOConfig(max_steps=1, batch_size=4, learning_rate=1e-12)
+    result = dpo.train(
+        model,
+        tiny_tokenizer,
+        ROWS[:8],
+        config,
+        eval_rows=ROWS[8:],
+        output_dir=tmp_path,
+        progress=False,
+    )
+    assert result.eval_loss == pytest.approx(math.log(2), abs=1e-5)
+    assert len([*tmp_path.glob("reference-*.safetensors")]) == 2

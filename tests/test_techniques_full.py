@@ -47,17 +47,6 @@ def test_the_penalty_and_its_gradient_are_zero_at_the_start(tiny_model, arch):
     assert penalty(model).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_reference_in_bfloat16_halves_the_memory():
-    """bfloat16 has 8 significant bits: rounding is off by at most 2^-9 of the weight."""
-    layer = nn.Linear(64, 64)
-    small, large = (full.reference_weights(layer, t) for t in (torch.bfloat16, None))
-    assert sum(p.nbytes for p in small.values()) * 2 == sum(p.nbytes for p in large.values())
-    largest = max(p.abs().max().item() for p in layer.parameters())
-    assert 0 < full.l2_sp(layer, small).item() <= (largest / 2**8) ** 2
-    published = layer.to(torch.bfloat16).float()  # stored in bfloat16 before: exact
-    assert full.penalty(published, FullConfig(1.0, reference_dtype="bfloat16"))(published) == 0
-
-
 def test_a_strong_penalty_keeps_the_weights_nearer(tiny_model, tiny_tokenizer):
     moved = {}
     for alpha in (0.0, 1e5):
@@ -97,7 +86,7 @@ def test_replay_share_is_exact_and_repeatable(share, count):
 
 
 def test_refusals(tiny_model):
-    for wrong in ({"alpha": -1.0}, {"replay": 1.0}, {"reference_dtype": "int8"}):
+    for wrong in ({"alpha": -1.0}, {"replay": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FullConfig(**wrong)
     with pytest.raises(ValueError, match="frozen_layers"):

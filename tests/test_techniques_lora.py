@@ -75,7 +75,7 @@ def test_merging_changes_nothing_but_the_weights(tiny_model, arch):
 def test_an_adapter_that_is_not_finite_is_not_merged(tiny_model):
     model = randomize(lora.inject(tiny_model(), LoraConfig()))
     model.model.layers[1].mlp.down_proj.B.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="layers.1.mlp.down_proj.B"):
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj"):
         lora.merge(model)
     origin = dict(tiny_model().named_parameters())
     kept = {n.replace(".base", ""): p for n, p in model.named_parameters() if "base" in n}
@@ -158,17 +158,3 @@ def test_parity_with_peft(tiny_model, arch, scope):
         torch.testing.assert_close(parameter.grad, counterpart.grad, atol=1e-5, rtol=1e-4)
     merged = logits(theirs.merge_and_unload())
     torch.testing.assert_close(logits(lora.merge(ours)), merged, atol=1e-5, rtol=1e-4)
-
-
-def test_a_mixture_of_experts_has_the_same_adapters_from_both():
-    """Experts are 3-D parameters, no linear layers."""
-    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    shape |= dict(vocab_size=64, num_key_value_heads=2, num_local_experts=4)
-    first, second = (models.meta_model({"model_type": "mixtral", **shape}) for _ in range(2))
-    pair(first, second, LoraConfig(rank=2))
-
-
-def test_a_saved_adapter_comes_back(tiny_model, tiny_tokenizer, tmp_path):
-    tuned = randomize(lora.attach(tiny_model(), LoraConfig(rank=4))).eval()
-    folder = models.save(tuned, tiny_tokenizer, tmp_path / "adapter")
-    assert torch.equal(logits(models.load_adapter(tiny_model(), folder)), logits(tuned))

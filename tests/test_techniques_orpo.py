@@ -128,3 +128,15 @@ def test_accumulation_changes_nothing(tiny_model, make_pairs, size):
         training.fit(model, make_pairs(8), loss, config, collate=pack_pairs, progress=False)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("nll", ["response", "all"])
+def test_it_learns_what_is_chosen(tiny_model, tiny_tokenizer, nll):
+    rows = [{"prompt": f"{n}?", "chosen": f"It is {n}.", "rejected": "Bread."} for n in range(8)]
+    config = ORPOConfig(max_steps=20, batch_size=8, learning_rate=3e-3, nll=nll, lam=1.0)
+    result = orpo.train(
+        tiny_model(), tiny_tokenizer, rows, config, eval_rows=rows[:4], progress=False
+    )
+    first, last = result.history[0], result.history[-1]
+    assert last["nll"] < first["nll"] / 2 and last["accuracy"] == 1
+    assert last["log_odds_ratio"] > first["log_odds_ratio"] and result.eval_loss < first["loss"]

@@ -66,28 +66,12 @@ def test_the_prefix_of_a_text_is_the_text(tiny_model, arch):
     torch.testing.assert_close(logits(tuned), after, atol=1e-5, rtol=1e-4)
 
 
-def test_a_prefix_has_the_key_heads_of_the_cache(tiny_model, arch):
-    model = tiny_model(arch)
-    heads = {"llama": 4, "gpt2": 4, "qwen2": 2, "gemma": 1, "mistral": 2}[arch]
-    shape = prefix.kv_shape(model.config)
-    assert shape == (2, heads, 16)
-    past = model(input_ids=IDS, use_cache=True).past_key_values
-    held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
-    assert prefix.cache_bytes(shape, tokens=12, batch=2) == held
-
-
 def test_counts_of_llama_2_7b():
     model = models.meta_model(LLAMA_2_7B)
     shape = prefix.kv_shape(model.config)
     assert prefix.parameters(shape, PrefixConfig(20)) == 20 * 2 * 32 * 4096 == 5_242_880
     counts = models.parameter_counts(prefix.attach(model, PrefixConfig(20)))
     assert counts.trainable == 5_242_880 and counts.total == 6_738_415_616 + 5_242_880
-
-
-def test_half_precision(tiny_model):
-    tuned = prefix.attach(tiny_model().bfloat16(), PLAIN)
-    assert logits(tuned).dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
 
 
 @both
@@ -100,6 +84,9 @@ def test_parity_with_peft(tiny_model, arch, config):
     for mine, twin in zip(ours.parameters(), twins, strict=True):
         twin.data.copy_(mine)
     assert prefix.parameters(ours.shape, config) == models.parameter_counts(theirs).trainable
+    past = model(input_ids=IDS, use_cache=True).past_key_values
+    held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
+    assert prefix.cache_bytes(ours.shape, tokens=12, batch=2) == held
     mask = torch.ones_like(IDS)
     mask[1, 9:] = 0
     labels = IDS.masked_fill(mask == 0, -100)
@@ -129,13 +116,19 @@ def test_generation_continues_from_the_prefix(tiny_model, tiny_tokenizer, arch):
         assert found[row, -6:].tolist() == expected[0, -6:].tolist()
 
 
-@both
-def test_training_moves_the_prefix_only(tiny_model, config):
-    tuned = prefix.attach(tiny_model(), config)
+def test_training_moves_the_prefix_only_and_it_is_saved_without_its_mlp(
+    tiny_model, tiny_tokenizer, tmp_path
+):
+    tuned = prefix.attach(tiny_model(), MADE)
     result = fit(tuned, learning_rate=0.1, max_steps=30, batch_size=6)
     assert result.loss < 0.8 * result.history[0]["loss"]
     origin = dict(tiny_model().named_parameters())
     assert all(torch.equal(p, origin[n]) for n, p in tuned.get_base_model().named_parameters())
+    folder = models.save(tuned.eval(), tiny_tokenizer, tmp_path / "prefix")
+    again = prefix.load_adapter(tiny_model(), folder)
+    torch.testing.assert_close(logits(again), logits(tuned), atol=1e-6, rtol=1e-5)
+    kept = [p.shape for n, p in again.named_parameters() if n.startswith("prompt_encoder.")]
+    assert kept == [(5, 2 * 2 * 64)]
 
 
 def test_gradient_checkpointing_is_refused(tiny_model, tiny_tokenizer, tmp_path):
@@ -143,23 +136,15 @@ def test_gradient_checkpointing_is_refused(tiny_model, tiny_tokenizer, tmp_path)
     model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         prefix.attach(model, PLAIN)
-    tuned = prefix.attach(tiny_model(), PLAIN)
+    tuned = prefix.attach(tiny_model().bfloat16(), PLAIN)
+    assert logits(tuned).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         fit(tuned, max_steps=1, gradient_checkpointing=True)
     folder = models.save(tuned, tiny_tokenizer, tmp_path / "prefix")
     for guarded in (tuned, prefix.load_adapter(tiny_model(), folder)):
         with pytest.raises(ValueError, match="gradient_checkpointing"):
             guarded.gradient_checkpointing_enable()
-
-
-@both
-def test_a_saved_prefix_comes_back_without_its_mlp(tiny_model, tiny_tokenizer, tmp_path, config):
-    tuned = prefix.attach(tiny_model(), config).eval()
-    folder = models.save(tuned, tiny_tokenizer, tmp_path / "prefix")
-    again = prefix.load_adapter(tiny_model(), folder)
-    torch.testing.assert_close(logits(again), logits(tuned), atol=1e-6, rtol=1e-5)
-    kept = [p.shape for n, p in again.named_parameters() if n.startswith("prompt_encoder.")]
-    assert kept == [(5, 2 * 2 * 64)]
 
 
 def test_refusals(tiny_model):

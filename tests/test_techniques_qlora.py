@@ -115,25 +115,20 @@ def test_attached_starts_as_the_quantized_model(tiny_model, arch):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
-def test_all_but_the_head_is_in_four_bits(tiny_model, arch):
-    names = "c_attn" if arch == "gpt2" else "q_proj,v_proj"
-    config = QloraConfig(LoraConfig(targets=names))
-    ours, theirs = qlora.inject(tiny_model(arch), config), qlora.attach(tiny_model(arch), config)
+def test_all_but_the_head_is_in_four_bits(tiny_model):
+    config = QloraConfig(LoraConfig(targets="q_proj,v_proj"))
+    ours, theirs = qlora.inject(tiny_model(), config), qlora.attach(tiny_model(), config)
     found = [sum(isinstance(m, Linear4) for m in ours.modules()), len(bnb_layers(theirs))]
-    assert found == 2 * [2 * (4 if arch == "gpt2" else 7)]
-    assert adapters(ours).keys() == adapters(theirs).keys()
-    assert len(adapters(ours)) == 2 * 2 * len(names.split(","))
+    assert found == 2 * [2 * 7]
+    assert adapters(ours).keys() == adapters(theirs).keys() and len(adapters(ours)) == 2 * 2 * 2
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_attached_equals_the_reference(tiny_model, arch, double):
-    config = QloraConfig(CONFIG.lora, double_quantization=double)
-    assert_equal_step(*attached_and_reference(tiny_model, arch, config))
+def test_attached_equals_the_reference(tiny_model, arch):
+    assert_equal_step(*attached_and_reference(tiny_model, arch))
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_injected_equals_attached(tiny_model, arch, name):
-    config = QloraConfig(CONFIG.lora, name, block_size=32, double_quantization=False)
+def test_injected_equals_attached(tiny_model, arch):
+    config = QloraConfig(CONFIG.lora, "fp4", block_size=32, double_quantization=False)
     ours = randomize(qlora.inject(tiny_model(arch), config))
     assert_equal_step(ours, copy_adapters(ours, qlora.attach(tiny_model(arch), config).eval()))
 
@@ -168,6 +163,7 @@ def test_training_keeps_adapters_in_float32(tiny_model, tiny_tokenizer):
     rows = [{"prompt": f"What is {i} plus one?", "completion": f"{i + 1}."} for i in range(8)]
     encoded = data.encode(rows, tiny_tokenizer, max_length=64)
     model, other = attached_and_reference(tiny_model)
+    assert not hasattr(model, "is_loaded_in_4bit")
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
     settings = training.TrainConfig(
         learning_rate=1e-2, max_steps=3, batch_size=4, precision="fp32", optimizer="sgd"
@@ -177,14 +173,6 @@ def test_training_keeps_adapters_in_float32(tiny_model, tiny_tokenizer):
     for name, parameter in adapters(model).items():
         assert parameter.dtype == torch.float32 and not torch.equal(parameter, start[name])
         torch.testing.assert_close(parameter, adapters(other)[name], atol=1e-7, rtol=1e-4)
-
-
-def test_a_saved_adapter_comes_back(tiny_model, tiny_tokenizer, tmp_path):
-    tuned = randomize(qlora.attach(tiny_model(), CONFIG)).eval()
-    folder = models.save(tuned, tiny_tokenizer, tmp_path / "adapter")
-    assert (folder / "adapter_model.safetensors").stat().st_size < 200_000
-    again = qlora.load_adapter(tiny_model(), folder, CONFIG)
-    assert torch.equal(logits(again), logits(tuned)) and not hasattr(again, "is_loaded_in_4bit")
 
 
 @pytest.mark.parametrize("use", [qlora.attach, qlora.inject])
@@ -206,17 +194,6 @@ def test_a_merge_that_is_not_finite_is_refused(tiny_model):
     with pytest.raises(ValueError, match="finite"):
         qlora.merge(tuned)
     assert len(bnb_layers(tuned)) == 14
-
-
-def test_the_injected_model_loads_adapters_as_lora_does(tiny_model):
-    model = randomize(qlora.inject(tiny_model(), CONFIG))
-    separate, state = logits(model), lora.lora_state(model)
-    lora.load_lora_state(model, {name: -tensor.flip(0) for name, tensor in state.items()})
-    assert not torch.equal(logits(model), separate)
-    lora.load_lora_state(model, state)
-    assert torch.equal(logits(model), separate)
-    with pytest.raises(AttributeError):
-        lora.merge(model)
 
 
 def test_loading_gives_what_quantizing_gives(tiny_folder, tiny_tokenizer, tmp_path):
@@ -262,6 +239,8 @@ def test_refusals(tiny_model):
     with pytest.raises(ValueError, match="adapters"):
         qlora.attach(qlora.attach(tiny_model(), CONFIG), CONFIG)
     quantized = qlora.quantize_model(tiny_model(), CONFIG)
+    with pytest.raises(AttributeError):
+        lora.merge(qlora.inject(tiny_model(), CONFIG))
     with pytest.raises(ValueError, match="model: .*q_proj"):
         qlora.attach(quantized, QloraConfig(data_type="fp4"))
     assert qlora.attach(quantized, CONFIG)

@@ -49,9 +49,6 @@ def pair(**changes):
     return {"prompt": "What is three plus four?", "chosen": "seven", "rejected": "honey"} | changes
 
 
-# The loss
-
-
 def test_worked_example():
     """Scores ln 3, 0 and -ln 3. The odds of the pairs are 3, 9 and 3, to 1.
 
@@ -69,31 +66,19 @@ def test_worked_example():
     assert metrics["accuracy"].item() == pytest.approx(2 / 3)
 
 
-def test_equal_scores_cost_log_2_and_are_not_right():
-    value, metrics = reward.loss(torch.full((4,), 7.5), torch.tensor([[0, 1], [2, 3]]))
-    assert value.item() == pytest.approx(math.log(2)) and metrics["accuracy"] == 0
-
-
-def test_only_differences_count():
+def test_only_differences_count_and_huge_ones_stay_finite():
     torch.manual_seed(0)
     scores, pairs = torch.randn(5, requires_grad=True), torch.tensor([[0, 1], [3, 2], [4, 0]])
     value, _ = reward.loss(scores, pairs)
     torch.testing.assert_close(reward.loss(scores + 100, pairs)[0], value, atol=1e-5, rtol=0)
     value.backward()
     assert abs(scores.grad.sum()) < 1e-6 and scores.grad[0] != 0
-
-
-def test_huge_margins_stay_finite():
+    value, metrics = reward.loss(torch.full((4,), 7.5), torch.tensor([[0, 1], [2, 3]]))
+    assert value.item() == pytest.approx(math.log(2)) and metrics["accuracy"] == 0
     scores = torch.tensor([1e4, -1e4], requires_grad=True)
     value, _ = reward.loss(scores, torch.tensor([[1, 0]]))
     value.backward()
     assert value.item() == 2e4 and scores.grad.tolist() == [1, -1]
-
-
-def test_pairs_must_be_pairs():
-    for pairs in (torch.zeros(0, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)):
-        with pytest.raises(ValueError, match="pairs"):
-            reward.loss(torch.zeros(4), pairs)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -127,26 +112,6 @@ def test_padding_and_packing_do_not_matter(network, arch, packing):
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
-def test_the_score_depends_on_prompt_and_response(network):
-    scorer, (ids, mask) = Scorer(network()), texts()[1]
-    with torch.no_grad():
-        whole = alone(scorer, [Example(ids, mask)])
-        for place in (0, len(ids) // 2, len(ids) - 1):
-            changed = np.where(np.arange(len(ids)) == place, 7, ids)
-            assert (alone(scorer, [Example(changed, mask)]) - whole).abs() > 1e-5
-
-
-def test_the_score_is_the_heads_value_of_the_last_hidden_state(tiny_model, network, arch):
-    """Computed from the language model itself, whose hidden states the copy must share."""
-    row = torch.tensor(texts()[0].ids[None])
-    hidden = tiny_model(arch)(row, output_hidden_states=True).hidden_states[-1][0, -1]
-    classifier = network(arch)
-    expected = (hidden @ classifier.score.weight[0])[None]
-    torch.testing.assert_close(
-        alone(Scorer(classifier), texts()[:1]), expected, atol=1e-5, rtol=1e-5
-    )
-
-
 def test_dropout_stays_off(tiny_model, tiny_tokenizer):
     model = tiny_model("gpt2")
     assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
@@ -162,9 +127,6 @@ def test_scores_are_read_in_float32_under_autocast(network):
         scores = scorer(pack(texts(lengths=[9] * 8)))
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
-
-
-# The head
 
 
 def test_the_head_starts_normal(tiny_model, tiny_tokenizer):
@@ -194,16 +156,24 @@ def test_the_model_is_copied(tiny_model, tiny_tokenizer, arch):
     assert not hasattr(model.config, "problem_type") or model.config.num_labels == 2
 
 
-def test_adapters_must_be_merged(tiny_model, tiny_tokenizer):
-    from labkit.techniques import lora
+def test_what_can_carry_no_head_is_refused(tiny_model, tiny_tokenizer, network):
+    import peft
+    import transformers as tf
 
-    tuned = lora.attach(tiny_model(), lora.LoraConfig())
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        reward.with_head(tuned, tiny_tokenizer)
-    reward.with_head(tuned.merge_and_unload(), tiny_tokenizer)
-
-
-# Parity
+    tuned = peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM"))
+    classifier = peft.get_peft_model(network(), peft.LoraConfig(task_type="SEQ_CLS"))
+    two = tf.AutoModelForSequenceClassification.from_config(tiny_model().config)
+    sizes = dict(vocab_size=448, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+    granite = tf.GraniteConfig(hidden_size=64, intermediate_size=64, **sizes)
+    ctrl = tf.CTRLConfig(vocab_size=448, n_embd=64, n_layer=1, n_head=4, dff=64)
+    others = [tf.AutoModelForCausalLM.from_config(config) for config in (granite, ctrl)]
+    for model, named in zip(
+        (tuned, classifier, two, *others),
+        ("merge_and_unload", "merge_and_unload", "one output", "a granite", "a ctrl"),
+        strict=True,
+    ):
+        with pytest.raises(ValueError, match=named):
+            reward.train(model, tiny_tokenizer, [pair()], progress=False)
 
 
 def test_parity_with_trl(network, tiny_tokenizer, arch, tmp_path):
@@ -239,21 +209,17 @@ def test_parity_with_trl(network, tiny_tokenizer, arch, tmp_path):
         assert (parameter.grad - others[name].grad).abs().max() < 1e-5 * scale, name
 
 
-def test_a_pair_is_a_ranking_of_two(tiny_tokenizer):
-    as_ranking = {"prompt": pair()["prompt"], "responses": ["honey", "seven"], "ranks": [2, 1]}
-    rendered = [reward.check([row], tiny_tokenizer) for row in (pair(), as_ranking)]
-    assert rendered[0] == rendered[1] and len(rendered[0][0]) == 2
-
-
 # Rows
 
 
-def test_best_first():
+def test_best_first(tiny_tokenizer):
     assert reward.best_first(ranking(5)) == WORDS[:5]
-    assert reward.best_first({"responses": ["a", "b", "c"], "ranks": [2, 0, 1]}) == ["b", "c", "a"]
-    assert reward.best_first(pair()) == ["seven", "honey"]
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 0, 1]}
+    assert reward.best_first(row) == ["b", "c", "a"]
     message = {"role": "assistant", "content": "seven"}
     assert reward.best_first(pair(chosen=[message])) == ["seven", "honey"]
+    two = {"prompt": pair()["prompt"], "responses": ["honey", "seven"], "ranks": [2, 1]}
+    assert reward.check([pair()], tiny_tokenizer) == reward.check([two], tiny_tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -289,17 +255,15 @@ def test_settings_and_data_that_cannot_work(tiny_model, tiny_tokenizer):
         reward.train(tiny_model(), tiny_tokenizer, [pair()], config, progress=False)
 
 
-def test_one_pair_of_each_ranking(network, tiny_tokenizer):
+def test_one_pair_of_each_ranking(tiny_model, tiny_tokenizer, monkeypatch):
     """In the ranking's order, fixed by the seed, and every pair comes up at some seed."""
-    model, rendered = (
-        RewardModel(network(), tiny_tokenizer),
-        reward.check([ranking(4)], tiny_tokenizer),
-    )
+    monkeypatch.setattr(reward.training, "fit", lambda scorer, examples, *a, **k: examples)
 
     def drawn(**settings):
-        (chosen,) = reward._examples(rendered, model, RewardConfig(**settings))
-        return [example.ids.tobytes() for example in chosen]
+        found = reward.train(network, tiny_tokenizer, [ranking(4)], RewardConfig(**settings))
+        return [example.ids.tobytes() for example in found[1][0]]
 
+    network = reward.with_head(tiny_model(), tiny_tokenizer)
     everything = drawn()
     pairs = [tuple(map(everything.index, drawn(pairs="one", seed=seed))) for seed in range(40)]
     assert len(everything) == 4 and set(pairs) == set(combinations(range(4), 2))
@@ -307,26 +271,33 @@ def test_one_pair_of_each_ranking(network, tiny_tokenizer):
 
 
 def test_texts_are_cut_at_the_beginning(network, tiny_tokenizer, caplog):
+    """A BOS stays, the EOS, too."""
+    tiny_tokenizer.bos_token = "<|user|>"
     model = RewardModel(network(), tiny_tokenizer, max_length=12)
     long = "米拉住在河边的磨坊里。" * 5
     with caplog.at_level("WARNING", logger="labkit"):
         (first,) = model.scores([long + "a"], ["seven"])
-    assert "1 of 1" in caplog.text
+    assert "1 texts" in caplog.text
     assert model.scores(["b" + long + "a"], ["seven"]) == [first]
     assert model.scores([long + "a"], ["honey"]) != [first]
+    (ids, mask), bos = model._encode([("<|user|>" + long, "seven<|end|>")])[0], 3
+    assert (ids[0], ids[-1], len(ids)) == (bos, EOS, 12) and not mask[0]
 
 
 def test_texts_that_are_equal_once_cut_teach_nothing(tiny_model, tiny_tokenizer, caplog):
     """Two responses that differ only in what is cut away: their pair would cost log 2 for ever."""
     long = " the mill by the river" * 5
-    rows = [pair(), pair(chosen="Otto" + long, rejected="Mila" + long)]
+    same = pair(chosen="Otto" + long, rejected="Mila" + long)
     config = RewardConfig(max_length=16, batch_size=2)
     with caplog.at_level("WARNING", logger="labkit"):
-        _, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
+        model, result = reward.train(
+            tiny_model(), tiny_tokenizer, [pair(), same], config, progress=False
+        )
     assert result.steps == 1 and result.tokens <= 32 and "left out" in caplog.text
-
-
-# The model as a reward
+    found = reward.evaluate(model, [pair(), same])
+    assert (len(found.margins), found.rankings) == (1, 1)
+    with pytest.raises(ValueError, match="max_length"):
+        reward.evaluate(model, [same])
 
 
 def test_rewards_come_in_order_whatever_the_batches(network, tiny_tokenizer):
@@ -374,33 +345,25 @@ def test_normalized_on_reference_samples(network, tiny_tokenizer):
             model.normalized(["?"] * len(same), same)
 
 
-def test_saved_and_loaded(network, tiny_tokenizer, arch, tmp_path):
-    model = RewardModel(network(arch), tiny_tokenizer, "plain", 40, mean=0.25, std=2.0)
-    prompts = ["Otto?"] * len(WORDS)
-    model.save(tmp_path / "reward")
-    assert not list((tmp_path / "reward").glob("*.bin"))
-    again = RewardModel.load(tmp_path / "reward")
-    assert (again.template, again.max_length, again.mean, again.std) == ("plain", 40, 0.25, 2.0)
-    assert again(prompts, WORDS) == pytest.approx(model(prompts, WORDS), abs=1e-6)
-    model.save(tmp_path / "reward")  # replaces it
-
-
-def test_what_is_no_reward_model_is_refused(network, tiny_tokenizer, tiny_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder"):
-        RewardModel.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="folder"):
-        RewardModel.load(tiny_folder())
+def test_saved_and_loaded(network, tiny_tokenizer, tiny_folder, arch, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = RewardModel(network(), tiny_tokenizer).save(tmp_path / "reward")
+    model = RewardModel(network(arch), tiny_tokenizer, "plain", 40, mean=0.25, std=2.0)
+    prompts, folder = ["Otto?"] * len(WORDS), tmp_path / "reward"
+    model.save(folder)
+    again = RewardModel.load(folder)
+    assert (again.template, again.max_length, again.mean, again.std) == ("plain", 40, 0.25, 2.0)
+    assert again(prompts, WORDS) == pytest.approx(model(prompts, WORDS), abs=1e-6)
+    model.save(folder)  # replaces it
     weights = load_file(folder / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="score.weight"):
         RewardModel.load(folder)
-
-
-# Evaluation
+    with pytest.raises(FileNotFoundError, match="folder"):
+        RewardModel.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="folder"):
+        RewardModel.load(tiny_folder())
 
 
 def test_accuracy_margin_and_loss():
@@ -461,16 +424,9 @@ def preferences(n, seed=0):
 
 @pytest.mark.parametrize("pairs", ["all", "one"])
 def test_it_learns_what_is_preferred(tiny_model, tiny_tokenizer, pairs):
-    seen = []
-    config = RewardConfig(pairs=pairs, learning_rate=2e-3, epochs=3.0, batch_size=4)
-    model, result = reward.train(
-        tiny_model(),
-        tiny_tokenizer,
-        preferences(12),
-        config,
-        log=lambda metrics, step: seen.append(step),
-        progress=False,
-    )
+    seen, config = [], RewardConfig(pairs=pairs, learning_rate=2e-3, epochs=3.0, batch_size=4)
+    options = dict(log=lambda metrics, step: seen.append(step), progress=False)
+    model, result = reward.train(tiny_model(), tiny_tokenizer, preferences(12), config, **options)
     assert result.steps == 18 and seen[-1] == 18 and result.loss < 0.2 < result.history[0]["loss"]
     found = reward.evaluate(model, preferences(6, seed=1))
     assert found.accuracy > 0.9 and found.margin > 1 and found.loss < math.log(2)
@@ -496,48 +452,39 @@ def test_first_step_is_that_of_the_loss(tiny_model, network, tiny_tokenizer):
     config = RewardConfig(batch_size=len(rows), precision="fp32")
     _, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
     assert result.steps == 1 and result.loss == pytest.approx(sum(each) / len(each), abs=1e-5)
-    halves = RewardConfig(batch_size=5, gradient_accumulation=2, precision="fp32")
-    _, halved = reward.train(tiny_model(), tiny_tokenizer, rows, halves, progress=False)
-    assert halved.steps == 1 and halved.loss == pytest.approx(result.loss, abs=1e-5)
 
 
 def test_accumulated_rankings_weigh_the_same(tiny_model, tiny_tokenizer):
-    """Seven rankings as 4 + 3 or 6 + 1 are one step over seven: weights equal."""
-    weights = []
-    for size, pieces in ((7, 1), (4, 2), (6, 2)):
-        config = RewardConfig(
-            batch_size=size, gradient_accumulation=pieces, precision="fp32", warmup_ratio=0.0
-        )
-        model, _ = reward.train(
-            tiny_model(), tiny_tokenizer, preferences(7)[:7], config, progress=False
-        )
-        weights.append(model.network.score.weight.detach())
-    for other in weights[1:]:
-        torch.testing.assert_close(other, weights[0], atol=1e-5, rtol=1e-3)
+    """Seven rankings as 4 + 3 or 6 + 1 are one step over seven: losses and weights equal."""
+
+    def run(size, pieces):
+        sizes = dict(batch_size=size, gradient_accumulation=pieces, warmup_ratio=0.0)
+        config = RewardConfig(precision="fp32", **sizes)
+        rows = preferences(7)[:7]
+        model, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
+        return model.network.score.weight.detach(), result.loss
+
+    weight, loss = run(7, 1)
+    for other, value in (run(4, 2), run(6, 2)):
+        torch.testing.assert_close(other, weight, atol=1e-5, rtol=1e-3)
+        assert value == pytest.approx(loss, abs=1e-5)
 
 
 def test_a_killed_run_goes_on(tiny_model, tiny_tokenizer, tmp_path):
-    def run(model, **settings):
+    def run(model, log=None, **settings):
         config = RewardConfig(
-            batch_size=4,
-            epochs=2.0,
-            learning_rate=2e-3,
-            precision="fp32",
-            **{k: v for k, v in settings.items() if k in ("save_steps", "resume")},
+            batch_size=4, epochs=2.0, learning_rate=2e-3, precision="fp32", **settings
         )
-        rest = {k: v for k, v in settings.items() if k in ("output_dir", "log")}
-        return reward.train(model, tiny_tokenizer, preferences(8), config, progress=False, **rest)
-
-    class Killed(Exception):
-        pass
+        options = dict(output_dir=tmp_path, log=log, progress=False)
+        return reward.train(model, tiny_tokenizer, preferences(8), config, **options)
 
     def kill(metrics, step):
         if step == 6:
-            raise Killed
+            raise KeyboardInterrupt
 
     whole, _ = run(tiny_model())
-    with pytest.raises(Killed):
-        run(tiny_model(), save_steps=3, output_dir=tmp_path, log=kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model(), kill, save_steps=3)
     again, result = run(tiny_model(seed=5), resume=str(tmp_path))
     assert result.steps == 8
     resumed = dict(again.network.named_parameters())

@@ -101,5 +101,7 @@ def test_wrong_shares_and_splits_are_refused():
     for name, wrong in (("rankings", 0.5), ("preference_pairs", -0.1), ("demonstrations", 1.5)):
         with pytest.raises(ValueError, match="flawed|noise"):
             getattr(preferences, name)(3, wrong)
+    with pytest.raises(ValueError, match="noise"):
+        preferences.rank_samples(preferences.prompts(10), [["a", "b"]] * 10, 0.9)
     with pytest.raises(ValueError, match="split"):
         red_team("dev")

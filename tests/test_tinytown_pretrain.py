@@ -4,10 +4,13 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from itertools import chain, islice
 from pathlib import Path
 
 import pytest
+
+from labkit.tinytown import base_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,13 @@ def test_the_card_has_the_numbers_and_the_command(script, tiny_model, tmp_path):
     assert "| geometric mean | 4.00 |" in text and "| full | 6000 | 85.3% |" in text
     command = re.search(r"scripts/pretrain_tinytown\.py (.+)", text)[1]
     assert vars(parse(shlex.split(command))) == options
+
+
+def test_the_base_checkpoint_has_the_card_that_the_script_writes(script, tmp_path):
+    shutil.copytree(base_folder(), tmp_path, dirs_exist_ok=True)
+    script.write_card(tmp_path)
+    new, committed = ((f / "README.md").read_text("utf-8") for f in (tmp_path, base_folder()))
+    assert new == committed
 
 
 def test_a_killed_run_goes_on(script, tiny_tokenizer, tmp_path_factory, monkeypatch):

@@ -1,10 +1,13 @@
-"""The calculator's numbers against published ones; widgets show what their function shows."""
+"""The calculator's numbers against published ones; what a notebook shows of a function or a mask."""
 
 import ipywidgets
 import pytest
 from IPython.display import Image, display
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE, Unigram
+from transformers import PreTrainedTokenizerFast
 
-from labkit import widgets
+from labkit import show, widgets
 
 
 def test_llama_2_7b_of_the_chapter_and_13b():
@@ -40,3 +43,30 @@ def test_exploring_shows_what_is_printed_displayed_and_returned_and_streams_noth
     slider.value = 3
     assert "square of 3" in shown(box) and "'9'" in shown(box) and "'4'" not in shown(box)
     assert box.children[-1].msg_id == ""  # the widget never catches a cell's own messages
+
+
+TEXT = "What is 0  plus one? 河边é😀 It is one."
+LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+LLAMA += [decoders.Strip(" ", 1, 0)]
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "BPE", "Llama"])
+def test_masks_read_like_the_whole_text_where_a_space_belongs_to_the_next_word(kind):
+    every_byte = [f"<0x{i:02X}>" for i in range(256)] * (kind == "Llama")
+    options = {"special_tokens": ["<unk>", *every_byte], "vocab_size": 300, "show_progress": False}
+    if kind == "Unigram":
+        core, trainer = Unigram(), trainers.UnigramTrainer(unk_token="<unk>", **options)
+    else:
+        core, trainer = BPE(byte_fallback=kind == "Llama"), trainers.BpeTrainer(**options)
+    core = Tokenizer(core)
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if kind == "Llama":
+        core.decoder = decoders.Sequence(LLAMA)
+    core.train_from_iterator(["What is one? It is."] if kind == "Llama" else [TEXT] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    ids = tokenizer(TEXT)["input_ids"]
+    every_third = [i % 3 == 0 for i in range(len(ids))]  # inside characters of several bytes too
+    for mask in (every_third, [i > 9 for i in range(len(ids))]):
+        view = show.show_masks([(ids, mask)], tokenizer)
+        assert "".join(text for text, _ in view.examples[0]) == TEXT
+    assert " is" in [text for text, _ in view.examples[0]] or kind == "Unigram"

@@ -3,13 +3,10 @@
     h' = h + U f(D h + b) + c        D (m, d), U (d, m), m << d; at the start U = 0 and c = 0
 
 Houlsby et al. (2019) put one after the attention and one after the MLP of each layer, Pfeiffer et
-al. (2020) after the MLP only; both before the sum with the residual stream. Since U is zero a model
-starts as itself (the chapter's random U changes it at once). f stands between two matrices, so an
-adapter cannot be merged and costs inference time.
-
-`Bottleneck` is the method to read. The last section makes it a method of PEFT, which saves, loads
-and switches it like its own once this module is imported. Left out: layer norms that train as well
-(Houlsby), AdapterFusion, adapters in parallel to a sublayer.
+al. (2020) after the MLP only; both before the sum with the residual stream. f stands between two
+matrices, so an adapter cannot be merged and costs inference time. `Bottleneck` is the method to
+read. The last section makes it a method of PEFT, which saves, loads and switches it like its own
+once this module is imported. Left out: layer norms that train as well (Houlsby), AdapterFusion.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ class Bottleneck(nn.Module):
     """h + U f(D h + b) + c, the identity until U has trained. Maps (…, width) to (…, width).
 
     D is (m, width), U is (width, m). They are float32 whatever h is: steps of 1/128, as of
-    bfloat16, would swallow small updates. (TRL's trainers round them on a quantized base.)
+    bfloat16, would swallow small updates.
     """
 
     def __init__(self, width: int, config: AdapterConfig, device: Any = None) -> None:
@@ -82,8 +79,7 @@ def sublayers(model: Any, placement: str = "houlsby") -> dict[str, nn.Module]:
 def attach(model: Any, config: AdapterConfig, name: str = "default") -> Any:
     """`model` as a PEFT model with adapters; only they train.
 
-    Given a model that `attach` returned, adds one more adapter called `name` to it, inactive until
-    `set_adapter(name)`.
+    A model that `attach` returned gets one more, called `name`, inactive until `set_adapter(name)`.
     """
     peft_config = BottleneckConfig(task_type="CAUSAL_LM", **asdict(config))
     present = getattr(model, "peft_config", {})
@@ -119,10 +115,7 @@ class BottleneckConfig(peft.PeftConfig):
 
 
 class AdaptedLayer(nn.Module, tuners_utils.BaseTunerLayer):
-    """A frozen sublayer, `base_layer`, and the adapters behind it by name, the active ones in turn.
-
-    Of a tuple that comes out, the first is the hidden state.
-    """
+    """A frozen sublayer, `base_layer`, and the adapters behind it by name, the active ones in turn."""
 
     adapter_layer_names = ("bottleneck",)
 
@@ -132,7 +125,7 @@ class AdaptedLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base_layer(*args, **kwargs)
-        h = out[0] if isinstance(out, tuple) else out
+        h = out[0] if isinstance(out, tuple) else out  # the first is the hidden state
         for name in () if self.disable_adapters else self.active_adapters:
             if name in self.bottleneck:
                 h = self.bottleneck[name](h)
@@ -143,8 +136,6 @@ class AdaptedLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
 
 class BottleneckModel(tuners_utils.BaseTuner):
-    """Puts an `AdaptedLayer` around each of the model's `sublayers`."""
-
     prefix = "bottleneck"
     tuner_layer_cls = AdaptedLayer
 
@@ -152,8 +143,8 @@ class BottleneckModel(tuners_utils.BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
-        found = list(sublayers(model, peft_config.placement))
-        peft_config.target_modules = peft_config.target_modules or found
+        if not peft_config.target_modules:
+            peft_config.target_modules = list(sublayers(model, peft_config.placement))
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, **_):
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)

@@ -10,13 +10,16 @@ read; the training is TRL's own, given what `techniques.ppo` is given. Left out:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
+from unittest import mock
 
 from pydantic import Field
 from torch import Tensor
+from transformers import GenerationConfig, PrinterCallback
 
 from labkit import models
 from labkit.config import Count, Natural, NonNegative, Positive, settings
@@ -47,10 +50,8 @@ class CriticFreeConfig:
     seed: Natural = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.minibatch_size:
-            raise ValueError(f"minibatch_size: expected a divisor of {self.batch_size}")
-        if self.minibatch_size % self.generations:
-            raise ValueError(f"generations: expected a divisor of {self.minibatch_size}")
+        if self.batch_size % self.minibatch_size or self.minibatch_size % self.generations:
+            raise ValueError("expected generations to divide minibatch_size, and it batch_size")
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
@@ -73,73 +74,52 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains `model` in place by TRL's trainer; returns `reward`, `length` and `kl` of each step.
 
-    The reference is `model` as it comes. Prompts and reward are those of `ppo.train`.
+    The reference is `model` as it comes, adapters too. Prompts and reward: as in `ppo.train`.
     """
-    import transformers
     import trl
     from datasets import Dataset
 
     config = config or CriticFreeConfig()
     models.check_tokenizer(tokenizer, None)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: expected weights that train, got only frozen ones")
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
-    # TRL lets a tokenizer add its BOS, and the template has it already.
-    bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("x")["input_ids"][:1] else ""
     # A step needs all its prompts at once, or TRL ends before it begins.
     numbers = [*range(len(encoded))] * math.ceil(config.batch_size / len(encoded))
-    texts = [encoded[i].text.removeprefix(bos) for i in numbers]
+    columns = {"prompt": [encoded[i].text for i in numbers], "number": numbers}
+    ids = {prompt.text: prompt.ids for prompt in encoded}  # the tokenizer alone may add a BOS
+    ends = sorted(eos_ids(model, tokenizer, config.template))
 
     def score(prompts: list, completions: list[str], number: list[int], **_: Any) -> list[float]:
-        known = [encoded[i] for i in number]
-        rows = [prompt.row for prompt in known]
-        return compute_rewards(reward, [prompt.content for prompt in known], completions, rows)
+        contents, rows = zip(*((encoded[i].content, encoded[i].row) for i in number), strict=True)
+        return compute_rewards(reward, contents, completions, rows)
 
-    trainer = getattr(trl, f"{config.method.upper()}Trainer")
+    method = config.method.upper()
+    trainer, arguments = getattr(trl, f"{method}Trainer"), getattr(trl, f"{method}Config")
+    pieces, on_cpu = config.batch_size // config.minibatch_size, model.device.type == "cpu"
+    # TRL would load the reference from where the configuration says that the model came from.
+    load_reference = f"{trainer.__module__}.create_model_from_path"
     with TemporaryDirectory() as folder, models.unchanged(model), models.no_progress_bar():
-        base = models.base_model(model)
-        base.generation_config.eos_token_id = sorted(eos_ids(model, tokenizer, config.template))
-        if config.beta and model is base:  # TRL loads the reference from where the config says
-            model.save_pretrained(folder)
-            model.config._name_or_path = folder
-        run = trainer(
-            model=model,
-            reward_funcs=score,
-            args=_arguments(model, config, folder),
-            train_dataset=Dataset.from_dict({"prompt": texts, "number": numbers}),
-            processing_class=tokenizer,
-        )
-        run.remove_callback(transformers.PrinterCallback)
+        models.base_model(model).generation_config = GenerationConfig(eos_token_id=ends)
+        options = dict(report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
+        options |= dict(use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, seed=config.seed)
+        options |= dict(bf16=models.autocast_dtype(model) is not None, disable_dropout=True)
+        options |= dict(gradient_checkpointing=None, learning_rate=config.learning_rate)
+        options |= dict(beta=config.beta, max_completion_length=config.max_new_tokens)
+        options |= dict(per_device_train_batch_size=config.minibatch_size)
+        options |= dict(steps_per_generation=pieces, num_generations=config.generations)
+        options |= dict(max_steps=config.steps * pieces * config.epochs)
+        given = arguments(folder, num_iterations=config.epochs, **options)
+        data = Dataset.from_dict(columns)
+        with mock.patch(load_reference, lambda *place, **options: copy.deepcopy(model)):
+            run = trainer(model, score, given, train_dataset=data, processing_class=tokenizer)
+        run._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
+        run.remove_callback(PrinterCallback)
         run.train()
     # TRL logs every update; those with a reward begin a step. Its KL is a mean over tokens.
-    history: list[dict[str, float]] = []
-    for entry in [entry for entry in run.state.log_history if "reward" in entry]:
+    entries = [entry for entry in run.state.log_history if "reward" in entry]
+    history = []
+    for step, entry in enumerate(entries, start=1):
         length, kl = entry["completions/mean_length"], entry.get("kl", math.nan)
-        found = {"reward": entry["reward"], "length": length, "kl": kl * length}
-        history.append({"step": len(history) + 1, **found})
+        history.append(dict(step=step, reward=entry["reward"], length=length, kl=kl * length))
     return history
-
-
-def _arguments(model: Any, config: CriticFreeConfig, folder: str) -> Any:
-    import trl
-
-    pieces, on_cpu = config.batch_size // config.minibatch_size, model.device.type == "cpu"
-    return getattr(trl, f"{config.method.upper()}Config")(
-        output_dir=folder,
-        use_cpu=on_cpu,
-        bf16=models.autocast_dtype(model) is not None,
-        report_to="none",
-        save_strategy="no",
-        per_device_train_batch_size=config.minibatch_size,
-        steps_per_generation=pieces,
-        num_generations=config.generations,
-        num_iterations=config.epochs,
-        max_steps=config.steps * pieces * config.epochs,
-        learning_rate=config.learning_rate,
-        max_completion_length=config.max_new_tokens,
-        beta=config.beta,
-        seed=config.seed,
-        gradient_checkpointing=False,
-        disable_dropout=True,
-        disable_tqdm=True,
-        logging_steps=1,
-        dataloader_pin_memory=not on_cpu,
-    )

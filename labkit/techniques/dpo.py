@@ -14,7 +14,8 @@ second model is held. Left out: other divergences, other losses of more than two
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
+from trl.trainer.utils import disable_dropout_in_model
 
 from labkit import logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
-from labkit.pairs import Pair, PairBatch, pack_pairs
+from labkit.formats import Row
+from labkit.pairs import Pair, PairBatch, encode_pairs, pack_pairs
 
 
 @settings
@@ -107,8 +109,7 @@ def with_reference(
     name = f"reference-{_digest(pairs, model)}.safetensors"
     file = Path(folder).expanduser() / name if folder is not None else None
     if file is not None and file.is_file():
-        with safe_open(file, "np") as kept:
-            known = kept.get_tensor("logps")
+        known = load_file(file)["logps"]
     else:
         known = _reference(pairs, model, batch_size)
         if file is not None:
@@ -121,7 +122,7 @@ def with_reference(
 def _reference(pairs: Sequence[Pair], model: Any, batch_size: int) -> np.ndarray:
     device, dtype = next(model.parameters()).device, models.autocast_dtype(model)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen.ids))
-    known = np.zeros((len(pairs), 2), dtype=np.float32)
+    known: np.ndarray = np.zeros((len(pairs), 2), dtype=np.float32)
     with logprobs.evaluating(model), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -140,3 +141,36 @@ def _digest(pairs: Sequence[Pair], model: nn.Module) -> str:
         weights = p.detach().double()
         crc = zlib.crc32(f"{name} {weights.sum():.9e} {weights.abs().sum():.9e}".encode(), crc)
     return f"{crc:08x}"
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    config: DPOConfig | None = None,
+    *,
+    eval_rows: Sequence[Row] | None = None,
+    output_dir: str | Path | None = None,
+    log: Callable[[dict, int], Any] | None = None,
+    progress: bool = True,
+) -> training.TrainResult:
+    """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
+
+    The reference is `model` as it comes; its log-probabilities of `rows` and `eval_rows` are kept
+    in `output_dir`, and taken from there, or from where a run is resumed. There is no dropout.
+    The rest, and what is raised, is as in `encode_pairs` and `training.fit`.
+    """
+    config = config or DPOConfig()
+    limit = min(config.max_length, models.context_length(model) or config.max_length)
+    folder = config.resume or output_dir
+
+    def encoded(rows: Sequence[Row]) -> list[Pair]:
+        pairs = encode_pairs(rows, tokenizer, max_length=limit, template=config.template)
+        return pairs if config.variant == "simpo" else with_reference(pairs, model, folder)
+
+    pairs, held = encoded(rows), None if eval_rows is None else encoded(eval_rows)
+    options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
+    options |= dict(collate=pack_pairs, progress=progress)
+    with models.unchanged(model):
+        disable_dropout_in_model(model)
+        return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)

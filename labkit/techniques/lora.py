@@ -2,13 +2,13 @@
 
     h = W0 x + (alpha / r) B A x        W0 (d, k) frozen, B (d, r) and A (r, k) trained
 
-B starts at zero, so a model starts as itself; r (d + k) numbers train instead of d·k; and B A can
-be added to W0, which leaves no trace at inference. `LoRALinear` and `inject` are the method to
-read; `attach` is the same by PEFT. Left out: quantized weights (`qlora`), embeddings, variants.
+B starts at zero, so a model starts as itself; B A can be added to W0, and then costs nothing.
+`LoRALinear` and `inject` are the method to read; `attach` is the same by PEFT.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -26,10 +26,7 @@ ALL = "all-linear"
 
 @settings
 class LoraConfig:
-    """`rank` r of the update, `alpha` of its scale alpha / r, `dropout` before A.
-
-    `targets`: "all-linear" (all but the output head), or such as ("q_proj",) or "q_proj,v_proj".
-    """
+    """`targets`: "all-linear" (but the output head), or such as ("q_proj",) or "q_proj,v_proj"."""
 
     rank: Count = 8
     alpha: Positive = 16.0
@@ -38,10 +35,10 @@ class LoraConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base` and its trainable update: h = W0 x + b + scale · B A x.
+    """A frozen linear layer `base` and its update, (…, in) to (…, out): h = W0 x + b + scale · B A x.
 
-    Maps (…, in) to (…, out); `A` is (r, in), `B` (out, r). They are float32 where W0 has half
-    precision, whose steps of 1/128 would swallow small updates.
+    `A` is (r, in), `B` (out, r), float32 also where W0 is half precision, whose steps of 1/128
+    would swallow small updates.
     """
 
     def __init__(self, base: nn.Module, config: LoraConfig) -> None:
@@ -97,9 +94,9 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
     """The layers that `targets` mean, by full name, of which a target is an ending, as in PEFT."""
     if hasattr(model, "peft_config") or _wrapped(model):
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
+    linear = _adaptable(model)
     if targets == ALL:
-        return models.linear_layers(model)
-    linear = models.linear_layers(model, head=True)
+        return {name: linear[name] for name in models.linear_layers(model) if name in linear}
     embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     chosen: set[str] = set()
     for target in targets.split(",") if isinstance(targets, str) else targets:
@@ -112,33 +109,52 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = ALL) -> dict
     return {name: layer for name, layer in linear.items() if name in chosen}
 
 
-def _wrapped(model: nn.Module) -> list[LoRALinear]:
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers that can have an update: a state-space model reads some weights itself, some
+    routers give more than a product, and PEFT would exchange layers named as a mixture's experts
+    once were for these, 3-D parameters now.
+    """
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    linear = models.linear_layers(model, head=True)
+    for name in list(linear):
+        path, _, own = name.rpartition(".")
+        parent, kind = model.get_submodule(path), type(linear[name]).__name__
+        read = hasattr(parent, "A_log") and f"self.{own}.weight" in inspect.getsource(type(parent))
+        if read or kind.endswith("Router"):
+            del linear[name]
+    config = peft.LoraConfig(target_modules=list(linear))
+    convert_peft_config_for_transformers(config, model, None)
+    return {name: layer for name, layer in linear.items() if name in config.target_modules}
 
 
-def merge(model: nn.Module) -> nn.Module:
+def _wrapped(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module, sign: int = 1) -> nn.Module:
     """Adds each update to its weight, W = W0 + scale · B A, so inference costs nothing more.
 
-    Raises ValueError, with nothing merged, for inf or NaN in an adapter: it could not be undone.
+    Raises ValueError, with nothing merged, for a sum of inf or NaN: it could not be undone.
     """
-    if wrong := [name for name, t in lora_state(model).items() if not t.isfinite().all()]:
-        raise ValueError(f"model: expected finite adapters, got inf or NaN in {wrong}")
-    return _set_merged(model, True)
+    layers = {n: layer for n, layer in _wrapped(model).items() if layer.merged != (sign == 1)}
+    for write in (False, True):
+        for name, layer in layers.items():
+            weight = layer.base.get_parameter("weight")  # a quantized layer has none
+            total = torch.add(weight, layer.delta().to(weight.dtype), alpha=sign)
+            if write:
+                weight.copy_(total)
+                layer.merged = sign == 1
+            elif not total.isfinite().all():
+                raise ValueError(f"model: expected finite weights and adapters, not so in {name}")
+    return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Takes the updates out again; W0 comes back up to rounding."""
-    return _set_merged(model, False)
-
-
-@torch.no_grad()
-def _set_merged(model: nn.Module, merged: bool) -> nn.Module:
-    for layer in _wrapped(model):
-        if layer.merged != merged:
-            weight = layer.base.get_parameter("weight")  # a quantized layer has none
-            weight.add_(layer.delta().to(weight.dtype), alpha=1 if merged else -1)
-            layer.merged = merged
-    return model
+    return merge(model, sign=-1)
 
 
 def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,7 +165,7 @@ def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copies an adapter into `model`. Raises ValueError unless names and shapes all fit."""
-    if any(layer.merged for layer in _wrapped(model)):
+    if any(layer.merged for layer in _wrapped(model).values()):
         raise ValueError("model: expected separate updates, got merged ones; call unmerge first")
     expected, got = ({n: t.shape for n, t in s.items()} for s in (lora_state(model), state))
     if wrong := expected.items() ^ got.items():
@@ -158,13 +174,10 @@ def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
 
 
 def attach(model: Any, config: LoraConfig) -> Any:
-    """`model` as a PEFT model with the same adapters as `inject`; only they train.
-
-    PEFT gets the layers by name: its own "all-linear" takes other ones in mixtures of experts.
-    """
-    found = find_targets(model, config.targets)
+    """`model` as a PEFT model with the same adapters as `inject`; only they train."""
     import peft
 
+    found = find_targets(model, config.targets)
     peft_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -5,22 +5,26 @@
 P(y|x) is the geometric mean of the response's token probabilities, exp(mean log p): with sums, log
 odds would be the log-probability itself, and explode. Near P = 1 the odds are infinite, and 1 - P
 is lost in rounding: `log1mexp` is exact there, and P is held below 1 by a float32 step.
-Left out: nothing.
+Left out: lengths other than the mean, schedules of lambda.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from labkit import logprobs, training
+from labkit import logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
-from labkit.pairs import PairBatch
+from labkit.formats import Row
+from labkit.pairs import PairBatch, encode_pairs, pack_pairs
 
 
 @settings
@@ -78,3 +82,29 @@ def pair_loss(
         for values in (logps, torch.ones_like(logps))
     )
     return loss(sums / counts, nll, config.lam)
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    config: ORPOConfig | None = None,
+    *,
+    eval_rows: Sequence[Row] | None = None,
+    output_dir: str | Path | None = None,
+    log: Callable[[dict, int], Any] | None = None,
+    progress: bool = True,
+) -> training.TrainResult:
+    """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
+
+    What is raised, and the rest, is as in `encode_pairs` and `training.fit`.
+    """
+    config = config or ORPOConfig()
+    limit = min(config.max_length, models.context_length(model) or config.max_length)
+    encode = partial(encode_pairs, max_length=limit, template=config.template)
+    held = None if eval_rows is None else encode(eval_rows, tokenizer)
+    collate = partial(pack_pairs, learn_prompts=config.nll == "all")
+    options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
+    options |= dict(collate=collate, progress=progress)
+    loss = partial(pair_loss, config=config)
+    return training.fit(model, encode(rows, tokenizer), loss, config, **options)

@@ -2,18 +2,17 @@
 
     maximize  E[r(x, y)] - beta KL(pi || pi_ref)             over y sampled from pi at prompts x
 
-Each token is an action. Its reward is its share of the KL penalty, and the last token's also the
-score of the whole response (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022):
+Each token is an action; the last one's reward has the score of the response (Ziegler et al. 2019):
 
     r_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t = T] (score - penalty [no EOS])
     A_t = sum over l of (gamma lambda)^l delta_{t+l},    delta_t = r_t + gamma V_{t+1} - V_t
     L   = -mean min(rho A, clip(rho, 1 - c, 1 + c) A) + c_v · value loss,     rho = pi / pi_old
 
-The chapter's loop (5.5.4) has no values, advantages, masks or EOS, takes the old
-log-probabilities from generation, and gives the KL penalty to responses, not to tokens. Details
-as in Huang et al. 2024 ("The N+ implementation details"). What a step does depends on its number
-and the seed: a resumed run goes on as if it had never stopped, and several processes (torchrun,
-accelerate) learn what one would. Left out: sharded weights, gradient checkpointing, soft prompts.
+The chapter's loop (5.5.4) has no values, advantages, masks or EOS, takes the old log-probabilities
+from generation, and gives the KL penalty to responses, not to tokens. Details as in Huang et al.
+2024 ("The N+ implementation details"). What a step does depends on its number and the seed: a
+resumed run goes on as if it had never stopped, and several processes (torchrun) learn what one
+would. Left out: an adaptive beta, sharded weights, gradient checkpointing, soft prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -47,17 +46,19 @@ logger = logging.getLogger("labkit")
 
 SHUFFLING, DRAWING = 1, 2  # what random numbers are for; `rollout` has 0
 FREE = ("resume", "save_steps", "sampling_batch", "kl_limit")  # may change when a run is resumed
+REMARKS = (  # on a metric that has this value
+    ("empty_rate", 1, "all responses are empty: is the reward highest for saying nothing?"),
+    ("end_rate", 0, "no response ended: raise max_new_tokens, or tune on responses with their EOS"),
+)
 
 
 @settings
 class PPOConfig:
     """Settings of a run; the defaults suit a small model on a CPU.
 
-    `batch_size` counts the prompts of a step in all processes; the learning rate falls to 0.
-    `beta` weighs the KL penalty, in the reward, or as k2 in the loss (`kl_in_loss`); with
-    `kl_target` (nats per response) it is adapted, over `kl_horizon` episodes; beyond `kl_limit`
-    the run stops. `sampling_batch` responses are sampled at once. A checkpoint is written every
-    `save_steps` steps (0: never); `resume` names their folder, or one above it.
+    `batch_size` counts prompts in all processes, `sampling_batch` those sampled at once. `beta`
+    weighs the KL penalty; beyond `kl_limit` (nats per response) the run stops. Checkpoints come
+    every `save_steps` steps (0: never); `resume` names their folder, or one above it.
     """
 
     steps: Count = 50
@@ -68,10 +69,7 @@ class PPOConfig:
     max_new_tokens: Count = 48
     temperature: Positive = 1.0
     beta: NonNegative = 0.05
-    kl_target: Positive | None = None
-    kl_horizon: Count = 10_000
     kl_limit: Positive | None = None
-    kl_in_loss: bool = False
     missing_end_penalty: NonNegative = 1.0
     gamma: Probability = 1.0
     lam: Probability = 0.95
@@ -100,11 +98,6 @@ def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return logp - ref_logp
 
 
-def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """(log p - log q)² / 2: biased, but the mean of its gradient is the gradient of KL(p || q)."""
-    return (logp - ref_logp).square() / 2
-
-
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """q / p - 1 - log(q / p): unbiased as k1 is, never negative, less spread (Schulman 2020)."""
     return torch.expm1(ref_logp - logp) - (ref_logp - logp)
@@ -113,10 +106,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def token_rewards(
     scores: Tensor, ended: Tensor, kl: Tensor, mask: Tensor, beta: float, penalty: float
 ) -> Tensor:
-    """-beta KL at each token; at the last one also the score, less `penalty` if not `ended`.
-
-    `scores` and `ended` (bool) are (B,), `kl` is (B, T); 0 where the mask is.
-    """
+    """-beta KL (B, T) at each token; at the last also the score (B,), less `penalty` if not `ended`."""
     rewards = (-beta * kl).masked_fill(~mask, 0.0)
     rewards[torch.arange(len(mask)), mask.sum(1) - 1] += scores - penalty * (~ended).float()
     return rewards
@@ -156,18 +146,17 @@ def value_loss(
 
 
 def losses(
-    logp: Tensor, values: Tensor, old: dict[str, Tensor], beta: float, config: PPOConfig
+    logp: Tensor, values: Tensor, old: dict[str, Tensor], config: PPOConfig
 ) -> dict[str, Tensor]:
     """`loss`, to be minimized, and what is reported: all means over a minibatch's tokens.
 
-    `old` has the rollout's `mask`, `logp`, `ref_logp`, `values`, `advantages` and `returns`.
+    `old` has the rollout's `mask`, `logp`, `values`, `advantages` and `returns`.
     """
     mask, ratio = old["mask"], (logp.detach() - old["logp"]).exp()
     policy = policy_loss(logp, old["logp"], old["advantages"], mask, config.clip)
     value = value_loss(values, old["values"], old["returns"], mask, config.value_clip)
-    penalty = beta * masked_mean(k2(logp, old["ref_logp"]), mask) if config.kl_in_loss else 0.0
     return {
-        "loss": policy + config.value_coefficient * value + penalty,
+        "loss": policy + config.value_coefficient * value,
         "policy_loss": policy.detach(),
         "value_loss": value.detach(),
         "ratio": masked_mean(ratio, mask),
@@ -182,59 +171,22 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - (returns - values)[mask].var(correction=0) / spread) if spread > 0 else 0.0
 
 
-def adapted(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The next beta: greater if `kl` is above `target`, else less (Ziegler et al. 2019)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * episodes / horizon)
+# A step: a rollout, then passes over it
 
 
-def update(
-    policy: nn.Module,
-    sampled: Rollout,
-    config: PPOConfig,
-    optimizer: torch.optim.Optimizer,
-    step: int = 0,
-    beta: float | None = None,
-) -> dict[str, float]:
-    """Passes over the rollout in minibatches, shuffled anew each time; gives means over them.
-
-    `policy` is a PolicyWithValue, or DistributedDataParallel around one. Raises
-    FloatingPointError for a loss that is not finite.
-    """
-    beta = config.beta if beta is None else beta
-    old = old_scores(sampled, beta, config)
-    random = np.random.default_rng((config.seed, SHUFFLING, step))
-    weights = [p for p in policy.parameters() if p.requires_grad]
-    count, found = len(sampled.examples), []
-    for epoch in range(config.epochs):
-        order = random.permutation(count) if epoch else np.arange(count)
-        for rows in rollouts.minibatches(order, config.minibatch_size):
-            stats = minibatch_losses(policy, sampled, rows, old, beta, config)
-            optimizer.zero_grad()
-            stats["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
-            optimizer.step()
-            found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
-    metrics = rollouts.mean_over_ranks(found)
-    for value in (metrics["loss"], metrics["gradient_norm"]):  # a step with either spoils weights
-        check_finite(value, step + 1, optimizer.param_groups[0]["lr"])
-    explained = explained_variance(sampled.values, old["returns"], sampled.mask)
-    return metrics | {"explained_variance": explained}
-
-
-def old_scores(sampled: Rollout, beta: float, config: PPOConfig) -> dict[str, Tensor]:
+def old_scores(sampled: Rollout, config: PPOConfig) -> dict[str, Tensor]:
     """What stays as it is during the passes over a rollout: all (B, T)."""
-    old = {name: getattr(sampled, name) for name in ("mask", "logp", "ref_logp", "values")}
-    mask, kl = sampled.mask, k1(sampled.logp, sampled.ref_logp)
-    weights = (0.0 if config.kl_in_loss else beta, config.missing_end_penalty)
+    mask, values, kl = sampled.mask, sampled.values, k1(sampled.logp, sampled.ref_logp)
+    weights = config.beta, config.missing_end_penalty
     rewards = token_rewards(sampled.rewards, sampled.ended, kl, mask, *weights)
-    advantages = gae(rewards, sampled.values, mask, config.gamma, config.lam)
-    returns = (advantages + sampled.values).masked_fill(~mask, 0.0)
-    return old | {"advantages": masked_whiten(advantages, mask), "returns": returns}
+    advantages = gae(rewards, values, mask, config.gamma, config.lam)
+    old = {"mask": mask, "logp": sampled.logp, "values": values}
+    old["returns"] = (advantages + values).masked_fill(~mask, 0.0)
+    return old | {"advantages": masked_whiten(advantages, mask)}
 
 
 def minibatch_losses(
-    policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, beta: float, config: PPOConfig
+    policy: nn.Module, sampled: Rollout, rows: np.ndarray, old: dict, config: PPOConfig
 ) -> dict[str, Tensor]:
     """`losses` of this process's shard of `rows`, weighted by its tokens: DDP takes the mean."""
     inner, shard = getattr(policy, "module", policy), rollouts.local_shard(rows)
@@ -244,16 +196,46 @@ def minibatch_losses(
     table = torch.zeros_like(known["logp"])
     outputs = policy(batch, config.temperature)[:2]
     logp, values = (table.masked_scatter(known["mask"], batch.in_order(x)) for x in outputs)
-    found = losses(logp, values, known, beta, config)
+    found = losses(logp, values, known, config)
     return {name: value * weight.to(inner.device) for name, value in found.items()}
+
+
+def update(
+    policy: nn.Module,
+    sampled: Rollout,
+    config: PPOConfig,
+    optimizer: torch.optim.Optimizer,
+    step: int = 0,
+) -> dict[str, float]:
+    """Passes over the rollout in minibatches, shuffled anew each time; gives means over them.
+
+    `policy` may be wrapped by DDP. FloatingPointError for a loss that is not finite.
+    """
+    old, random = old_scores(sampled, config), np.random.default_rng((config.seed, SHUFFLING, step))
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    count, size, found = len(sampled.examples), config.minibatch_size, []
+    for epoch in range(config.epochs):
+        order = random.permutation(count) if epoch else np.arange(count)
+        for rows in np.split(order, range(size, count, size)):
+            stats = minibatch_losses(policy, sampled, rows, old, config)
+            optimizer.zero_grad()
+            stats["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+            optimizer.step()
+            found.append({name: x.detach() for name, x in stats.items()} | {"gradient_norm": norm})
+    # Means over all minibatches and processes; one synchronization with the device.
+    table = torch.stack([torch.stack(list(stats.values())) for stats in found])
+    means = np.mean(gather_object([table.mean(0).tolist()]), axis=0)
+    metrics = dict(zip(found[0], means.tolist(), strict=True))
+    for name in ("loss", "gradient_norm"):  # a step with either not finite spoils weights
+        check_finite(metrics[name], step + 1, optimizer.param_groups[0]["lr"])
+    explained = explained_variance(sampled.values, old["returns"], sampled.mask)
+    return metrics | {"explained_variance": explained}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: an entry of `history` per step, `stopped`, why it ended early, if it did.
-
-    `notes` are warnings that were given; `seconds` count this call only, also after resuming.
-    """
+    """`stopped` says why, if early; `notes` are warnings, `seconds` those of this call only."""
 
     history: list[dict] = field(repr=False)
     steps: int
@@ -283,78 +265,71 @@ def train(
     """
     config, started = config or PPOConfig(), time.perf_counter()
     state = PartialState(cpu=model.device.type == "cpu")
+    main, several = state.is_main_process, state.num_processes > 1
     rollouts.check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    with models.unchanged(model), Line(progress and state.is_main_process) as line:
-        policy, wrapped, optimizer = _prepare(model, config)
+    with models.unchanged(model), Line(progress and main) as line:
+        model.to(state.device if several else model.device)
+        if model.device.type == "cpu":
+            models.use_float32_attention(model)
+        policy = PolicyWithValue(model, config.separate_critic, config.precision)
+        wrapped = nn.parallel.DistributedDataParallel(policy).eval() if several else policy
+        weights = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
         made = {name: value for name, value in asdict(config).items() if name not in FREE}
         made |= checkpoints.fingerprint(policy, [Example(*2 * [np.array(p.ids)]) for p in encoded])
-        run: dict[str, Any] = {"history": [], "notes": {}, "beta": config.beta}
+        run: dict[str, Any] = {"history": [], "notes": []}
         if config.resume:
             run = checkpoints.load(config.resume, policy, optimizer, made)
         elif config.save_steps:
             checkpoints.check_unused(str(output_dir))
         history, stopped = run["history"], ""
 
-        def finish(sampled: Rollout, metrics: dict[str, float]) -> None:
-            if on_rollout and state.is_main_process:
+        def finish() -> None:
+            if on_rollout and main:
                 on_rollout(sampled, metrics)
-            history.append({"step": len(history) + 1, **metrics})
-            if log and state.is_main_process:
-                log(metrics, len(history))
+            history.append({"step": step + 1, **metrics})
+            if log and main:
+                log(metrics, step + 1)
             now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
-            line.show(f"step {len(history)}/{config.steps} · {now}")
-            last, every = len(history) == config.steps, config.save_steps
-            due = every and (last or len(history) % every == 0) and not stopped
-            if due and state.is_main_process:
-                checkpoints.save(str(output_dir), len(history), policy, optimizer, run, made)
+            line.show(f"step {step + 1}/{config.steps} · {now}")
+            every, last = config.save_steps, step + 1 == config.steps
+            if every and main and not stopped and (last or (step + 1) % every == 0):
+                checkpoints.save(str(output_dir), step + 1, policy, optimizer, run, made)
 
         while len(history) < config.steps and not stopped:
             step, draw = len(history), (config.seed, DRAWING)
             numbers = rollouts.batch_indices(len(encoded), config.batch_size, step, draw)
             chosen = [encoded[i] for i in numbers]
             sampled = rollout(policy, tokenizer, chosen, reward, config, step)
-            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run)
-            rollouts.on_all_ranks(partial(finish, sampled, metrics))
-    notes = tuple(f"step {step}: {remark}" for remark, step in run["notes"].items())
+            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run["notes"])
+            rollouts.on_all_ranks(finish)
+    notes = tuple(run["notes"])
     return Result(history, len(history), time.perf_counter() - started, stopped, notes)
 
 
-def _prepare(model: Any, config: PPOConfig) -> tuple[PolicyWithValue, nn.Module, Any]:
-    """The policy, the policy as several processes train it, and its optimizer."""
-    several = PartialState().num_processes > 1
-    model.to(PartialState().device if several else model.device)
-    if model.device.type == "cpu":
-        models.use_float32_attention(model)
-    policy = PolicyWithValue(model, config.separate_critic, config.precision)
-    weights = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
-    wrapped = nn.parallel.DistributedDataParallel(policy).eval() if several else policy
-    return policy, wrapped, optimizer
-
-
 def _step(
-    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, run: dict
+    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, notes: list
 ) -> tuple[dict[str, float], str]:
     """Metrics of the rollout and of the update, or why the run stops before the update."""
     started, rate = time.perf_counter(), config.learning_rate * (1 - step / config.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    metrics = sampled.metrics() | {"beta": run["beta"], "learning_rate": rate}
+    metrics, reason = sampled.metrics() | {"learning_rate": rate}, ""
     for name, estimator in (("kl", k3), ("kl_k1", k1)):
-        metrics[name] = float(sampled.sums(estimator(sampled.logp, sampled.ref_logp)).mean())
-    for remark in set(sampled.remarks()) - set(run["notes"]):
-        run["notes"][remark] = step + 1
-        logger.warning("step %d: %s", step + 1, remark)
+        kl = estimator(sampled.logp, sampled.ref_logp).masked_fill(~sampled.mask, 0.0)
+        metrics[name] = float(kl.sum(1).mean())
+    for name, value, remark in REMARKS:
+        if metrics[name] == value and not any(note.endswith(remark) for note in notes):
+            notes.append(f"step {step + 1}: {remark}")
+            logger.warning(notes[-1])
     if config.kl_limit and metrics["kl"] > config.kl_limit:
         reason = f"KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}: raise beta"
         logger.warning("step %d: stopped, %s", step + 1, reason)
-        return metrics, reason
-    metrics |= update(policy, sampled, config, optimizer, step, run["beta"])
-    if config.kl_target:
-        given = (config.kl_target, config.batch_size, config.kl_horizon)
-        run["beta"] = adapted(run["beta"], metrics["kl_k1"], *given)
-    return metrics | {"seconds_update": time.perf_counter() - started}, ""
+    else:
+        metrics |= update(policy, sampled, config, optimizer, step)
+        metrics["seconds_update"] = time.perf_counter() - started
+    return metrics, reason

@@ -4,11 +4,10 @@ In every layer and head, P_K and P_V come before the keys and values of the text
 
     h = softmax(q [P_K; K]ᵀ / √d) [P_V; V]        P_K and P_V (length, d) trained, all else frozen
 
-They enter through the KV cache, as if `length` tokens had been read before: no weight changes,
-and text starts at position `length`. With the reparametrization, an MLP makes the prefix from a
-smaller table while it trains, and is thrown away afterwards. `Prefix`, `keys_values` and `forward`
-are the method to read; `attach` is the same by PEFT. Left out: layers whose keys differ in shape,
-encoder-decoders. Under a sliding window a long text leaves the prefix behind.
+They enter through the KV cache, as if `length` tokens had been read before. An MLP can make them
+from a smaller table while they train, and is thrown away afterwards. `Prefix`, `keys_values` and
+`forward` are the method to read; `attach` is the same by PEFT. Left out: layers whose keys and
+values differ in shape. Under a sliding window a long text leaves the prefix behind.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from transformers import DynamicCache
 
 from labkit import models
 from labkit.config import Count, Natural, settings
+from labkit.logprobs import evaluating
 
 
 @settings
@@ -47,8 +47,12 @@ class Shape(NamedTuple):
 def kv_shape(config: Any) -> Shape:
     """The shape for a model's configuration; key heads may be fewer than query heads."""
     config = config.get_text_config()
-    queries = config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", 0)
+    if not queries:
+        raise ValueError(f"model: expected attention, got a {config.model_type}; no prefix for it")
     heads = getattr(config, "num_key_value_heads", None) or queries
+    if getattr(config, "multi_query", False):  # Falcon's later kind caches all heads again
+        heads = queries if getattr(config, "new_decoder_architecture", False) else 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
     return Shape(config.num_hidden_layers, heads, head_dim)
 
@@ -101,10 +105,7 @@ def forward(model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, **inputs:
 
 @torch.no_grad()
 def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it.
-
-    The paper found this start better than a random one for few examples.
-    """
+    """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it."""
     past = model(input_ids=ids[None], use_cache=True).past_key_values
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1)
@@ -125,8 +126,8 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
     """`model` as a PEFT model with a prefix; nothing else trains.
 
     `text`, ids (length,), is the text to start from if there is no MLP, see `text_rows`. Raises
-    ValueError for a model with adapters and for gradient checkpointing, also later. A training
-    with an MLP cannot be resumed: its checkpoints keep the rows only.
+    ValueError for a model with adapters or a cache other than `kv_shape`, and for gradient
+    checkpointing, also later. With an MLP training cannot be resumed: checkpoints keep rows only.
     """
     import peft
 
@@ -134,8 +135,13 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
         raise ValueError("model: expected no adapters, got some; merge them, or load it again")
     if model.is_activation_checkpointing:
         _refuse_checkpointing()
+    shape = kv_shape(model.config)
+    _check_cache(model, shape)
     peft_config = peft.PrefixTuningConfig(
         num_virtual_tokens=config.length,
+        num_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        token_dim=shape.heads * shape.head_dim,
         prefix_projection=config.hidden > 0,
         encoder_hidden_size=config.hidden or None,
         task_type="CAUSAL_LM",
@@ -145,6 +151,24 @@ def attach(model: Any, config: PrefixConfig, text: torch.Tensor | None = None) -
     if text is not None:
         tuned.prompt_encoder["default"].load_prompt_embeddings(text_rows(model, text))
     return _guard(tuned)
+
+
+@torch.no_grad()
+def _check_cache(model: Any, shape: Shape) -> None:
+    """Refuses a model that cannot go on from such a cache, tried: state-space layers have another."""
+    if model.device.type == "meta":
+        return
+    reason: object = "it adds nothing to keys and values"
+    rows = torch.zeros(1, shape.numbers, dtype=model.dtype, device=model.device)
+    ids, past = rows[:, :1].long(), cache(rows, shape, 1)
+    try:
+        with evaluating(model):
+            model(input_ids=ids, past_key_values=past, use_cache=True)
+        if past.get_seq_length() == 2:
+            return
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = error
+    raise ValueError(f"model: a prefix does not fit a {type(model).__name__}: {reason}")
 
 
 def _guard(tuned: Any) -> Any:
@@ -161,4 +185,8 @@ def _refuse_checkpointing(*args: Any, **kwargs: Any) -> None:
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
     """`models.load_adapter` for a prefix; only keys and values were saved, so it has no MLP."""
-    return _guard(models.load_adapter(model, folder))
+    tuned = _guard(models.load_adapter(model, folder))
+    made: Any = tuned.active_peft_config
+    heads = made.num_attention_heads
+    _check_cache(tuned.get_base_model(), Shape(made.num_layers, heads, made.token_dim // heads))
+    return tuned

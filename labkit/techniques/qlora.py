@@ -2,16 +2,16 @@
 
     h = Ŵ x + (alpha / r) B A x        Ŵ dequantized from codes of 4 bits, A and B trained
 
-The full weights are gone: Ŵ is made wherever it is used, forward and again backward, and thrown
-away. `Linear4` and `inject` are the method to read (the codes: `quantization`); `attach` is the
-same by bitsandbytes and PEFT, and guards against what goes wrong there. Left out: kernels that
-multiply without dequantizing, 8 bits, and saving the base, which quantizes to the same codes.
+Ŵ is made wherever it is used, forward and again backward, and thrown away. `Linear4` and `inject`
+are the method to read (the codes: `quantization`); `attach` is the same by bitsandbytes and PEFT,
+and guards against what goes wrong there. Left out: experts that are 3-D parameters, saving the base.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,10 +35,7 @@ BLOCK_SIZES = get_args(BlockSize)
 
 @settings
 class QloraConfig:
-    """`data_type` "int4" is for `inject` only; a scale is that of `block_size` weights.
-
-    With `double_quantization` the scales have 8 bits instead of 32.
-    """
+    """`data_type` "int4" is for `inject` only; with `double_quantization` scales have 8 bits."""
 
     lora: LoraConfig = LoraConfig()
     data_type: Literal["nf4", "fp4", "int4"] = "nf4"
@@ -49,7 +46,7 @@ class QloraConfig:
 class Linear4(nn.Module):
     """A frozen linear layer in four bits, h = Ŵ x + b, made from an `nn.Linear` or a `Conv1D`.
 
-    Maps (…, in) to (…, out). `weight` is Ŵ, (out, in), dequantized each time it is read.
+    `weight` is Ŵ, (out, in), dequantized each time it is read.
     """
 
     def __init__(self, layer: nn.Module, config: QloraConfig) -> None:
@@ -84,11 +81,10 @@ def inject(model: nn.Module, config: QloraConfig) -> nn.Module:
 
 
 def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -> Any:
-    """All linear layers of `model` but the head in bitsandbytes' four bits, in place.
+    """The layers of `lora.find_targets` in bitsandbytes' four bits, in place; the rest is logged.
 
     Each weight is quantized on its way to `device` (by default its own), which so never holds the
-    full model; the computation is in the type that the weights had. A model in four bits already
-    is checked instead. Raises ValueError for what bitsandbytes cannot do.
+    full model. A model in four bits already is checked. Raises ValueError for what cannot be done.
     """
     if config.data_type == "int4":
         raise ValueError("data_type: expected nf4 or fp4, which bitsandbytes has, got 'int4'")
@@ -101,20 +97,32 @@ def quantize_model(model: Any, config: QloraConfig, device: str | None = None) -
         on_cpu = torch.device(device or layer.weight.device).type == "cpu"
         if on_cpu and width % config.block_size:  # bitsandbytes 0.50 gives wrong weights there
             raise ValueError(f"block_size: expected a divisor of {width}, the width of {name!r}")
-    if experts := [name for name, p in model.named_parameters() if p.ndim > 2]:
-        log.warning("quantize_model: no linear layer, so in full precision: %s", experts)
-    while linear and not present:  # popped, so that the full weights are freed one by one
-        _, layer = linear.popitem()
-        lora.replace(model, {layer: _linear4bit(layer, options, device or layer.weight.device)})
+    if not present:
+        _log_coverage(model, linear)
+        while linear:  # popped, so that the full weights are freed one by one
+            layer = linear.popitem()[1]
+            lora.replace(model, {layer: _linear4bit(layer, options, device or layer.weight.device)})
     for name, layer in _four_bit(model).items():
-        # On AVX512-BF16, bitsandbytes 0.50 would pack the weights anew in an evaluation: that
-        # rounds the scales, and gives wrong gradients from then on.
+        # On AVX512-BF16, bitsandbytes 0.50 would pack the weights anew in an evaluation, which
+        # rounds the scales and gives wrong gradients.
         layer.support_avx512bf16_for_cpu = False
         packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
         found = {option: getattr(layer.weight, option) for option in options}
         if packed or found != options:
             raise ValueError(f"model: {name}: expected {options}, got {found}, packed: {packed}")
     return model if device is None else model.to(device)
+
+
+def _log_coverage(model: Any, linear: dict[str, Any]) -> None:
+    """A warning if other matrices than embeddings and head stay in full precision."""
+    covered = {layer.weight: layer.weight.numel() for layer in linear.values()}
+    share = sum(covered.values()) / models.parameter_counts(model).total
+    left = {p: name for name, p in model.named_parameters() if p.ndim > 1 and p not in covered}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    usual = {layer.weight for layer in (*embeddings, model.get_output_embeddings())}
+    names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left.values()}))
+    level = logging.WARNING if left.keys() - usual else logging.INFO
+    log.log(level, "qlora: %.1f %% of the weights in four bits; not %s", 100 * share, names)
 
 
 def _linear4bit(layer: nn.Module, options: dict[str, Any], device: Any) -> nn.Module:
@@ -138,10 +146,7 @@ def _four_bit(model: nn.Module) -> dict[str, Any]:
 def load(
     model: str, config: QloraConfig, *, device: str = "auto", dtype: str = "auto", **options: Any
 ) -> tuple[Any, Any]:
-    """`models.load` into four bits: full weights pass through `device` one at a time.
-
-    `dtype` is of all else and of the computation; if the file has it too, the host keeps no copy.
-    """
+    """`models.load` into four bits; `dtype` is of all else and of the computation."""
     target = models.find_device(device)
     if dtype == "auto":  # nothing of it trains, so half precision costs nothing
         half = target.startswith("cuda") and torch.cuda.is_bf16_supported()
@@ -180,8 +185,7 @@ def dequantize_model(model: Any) -> Any:
         for mark in ("is_quantized", "quantization_method", "quantization_config", "hf_quantizer"):
             vars(holder).pop(mark, None)
     ours = [module for module in model.modules() if isinstance(module, Linear4)]
-    found = [*ours, *_four_bit(model).values()]
-    return lora.replace(model, {layer: _plain(layer) for layer in found})
+    return lora.replace(model, {m: _plain(m) for m in (*ours, *_four_bit(model).values())})
 
 
 def _plain(layer: Any) -> nn.Module:
@@ -203,9 +207,9 @@ def _plain(layer: Any) -> nn.Module:
 def merge(model: Any) -> Any:
     """`model` with W = Ŵ + scale · B A in plain layers, in the type that the weights had before.
 
-    PEFT's own merge puts the sum back into four bits, which rounds it once more. The weights from
-    before quantization would not do: the adapter was trained on top of Ŵ. Raises ValueError, with
-    nothing merged, for inf or NaN in the model.
+    PEFT's own merge would round the sum to four bits again; the weights from before quantization
+    are not those that the adapter was trained on. Raises ValueError, with nothing merged, for inf
+    or NaN in the model.
     """
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("model: expected finite weights and adapters, got inf or NaN")

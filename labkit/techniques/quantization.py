@@ -2,11 +2,8 @@
 
     Ŵ = s · table[code]        a code of 4 bits per weight, a scale s = max |w| per block
 
-Pure functions on tensors, the core of `qlora` (Dettmers et al. 2023). The codes are those of
-bitsandbytes, bit for bit. Left out: layers and training.
+The core of `qlora` (Dettmers et al. 2023); the codes are those of bitsandbytes, bit for bit.
 """
-
-from __future__ import annotations
 
 from statistics import NormalDist
 from typing import NamedTuple
@@ -19,10 +16,9 @@ SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
 def _nf4() -> Tensor:
-    """Quantiles of the standard normal, scaled to [-1, 1]: seven below zero, zero, eight above.
+    """Quantiles of the standard normal in [-1, 1]: seven below zero, zero, eight above.
 
-    They are at evenly spaced probabilities between 1/2 and 1 - (1/30 + 1/32) / 2 (to seven
-    digits, as in the published table).
+    Their probabilities are evenly spaced, from 1/2 to 1 - (1/30 + 1/32) / 2 (to seven digits).
     """
     halves = (torch.linspace(0.9677083, 0.5, n + 1)[:-1].tolist() for n in (7, 8))
     low, high = ([NormalDist().inv_cdf(p) for p in half] for half in halves)
@@ -31,10 +27,7 @@ def _nf4() -> Tensor:
 
 
 def _dynamic8() -> Tensor:
-    """256 values for the scales: decades from 1e-6 to 1, each twice as fine as the last.
-
-    Each decade divides the eight bits anew into exponent and fraction (Dettmers 2015).
-    """
+    """256 values for the scales (Dettmers 2015): decades from 1e-6 to 1, each twice as fine."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -44,17 +37,14 @@ def _dynamic8() -> Tensor:
 
 
 NF4, DYNAMIC8 = _nf4(), _dynamic8()
-# bitsandbytes' float of four bits: a sign, two bits of exponent, one of fraction. The smallest
-# value above zero is 1/192 of the largest, where the common E2M1 has 1/12.
+# bitsandbytes' float: its smallest value above zero is 1/192 of the largest, E2M1's is 1/12.
 FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
 INT4 = torch.arange(-7, 8) / 7  # the sixteenth code would break the symmetry
 TABLES = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 
 
 def to_codes(values: Tensor, table: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """The index of the nearest table value for each weight, once its block fills [-1, 1].
-
-        s = max |w| over the block,    code = argmin_i |w / s - table_i|
+    """code = argmin_i |w / s - table_i| for each weight, with s = max |w| over its block.
 
     n values of any shape give codes (n,) in uint8 and scales (ceil(n / block_size),) in float32.
     """
@@ -91,8 +81,7 @@ def unpack(packed: Tensor, count: int) -> Tensor:
 class Quantized(NamedTuple):
     """A quantized weight: bytes of two codes, and a scale (absmax) per block.
 
-    Doubly quantized, `scales` are codes of 8 bits for their difference from `mean` (which makes
-    use of the sign), with `second_scales`, one per 256.
+    Doubly quantized, `scales` are codes of 8 bits for scale - `mean`, one of `second_scales` per 256.
     """
 
     packed: Tensor

@@ -2,11 +2,10 @@
 
     L = -1/B sum over rankings of 1/C(K,2) sum over its pairs (w above l) of log sigma(r_w - r_l)
 
-This is the model of Bradley and Terry (1952): w is preferred to l with probability
-sigma(r_w - r_l). A ranking of K responses is one element of a batch, so that K forward passes
-serve its K(K-1)/2 pairs; a pair (chosen, rejected) is a ranking of two. The tuned language
-model gets a linear head of one output, read at the last real token, which is the response's EOS;
-the chapter (5.5.3) reads the last position, padding in all but the longest text. Only
+w is preferred to l with probability sigma(r_w - r_l) (Bradley and Terry 1952). A ranking of K
+responses is one element of a batch, so that K forward passes serve its K(K-1)/2 pairs; a pair
+(chosen, rejected) is a ranking of two. The tuned model gets a linear head, read at the last real
+token, the response's EOS; the chapter (5.5.3) reads the last position, often padding. Only
 differences are learned, so the head needs no bias, and mean 0 and deviation 1 are set afterwards
 on reference samples. Left out: margins between ranks, adapters, a reward for each step.
 """
@@ -20,7 +19,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,18 +34,18 @@ from labkit.batching import Batch, Example, pack
 from labkit.config import Count, settings
 from labkit.evaluation import Agreement
 from labkit.formats import Row, where
-from labkit.templates import Rendered, renderer, response
+from labkit.pairs import best_first as best_first
+from labkit.templates import Rendered, renderer, tokenize
 
 logger = logging.getLogger("labkit")
 
 
 @settings
 class RewardConfig(training.TrainConfig):
-    """How rankings are read and learned; the defaults suit a small model on a CPU.
+    """As in `training.TrainConfig`; `batch_size` counts rankings.
 
     `pairs`: "all" of a ranking, or "one" random pair of each (drawn once, by `seed`), as if no
-    more had been compared. `max_length`: longer texts lose their beginning. `batch_size` counts
-    rankings. The other names mean what they mean in `training.TrainConfig`.
+    more had been compared. `max_length`: longer texts lose their beginning.
     """
 
     batch_size: Count = 16
@@ -59,15 +57,14 @@ class RewardConfig(training.TrainConfig):
 def loss(
     scores: Tensor, pairs: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum of weight · log sigma(r_better - r_worse) over pairs, in nats, and metrics.
+    """-sum of weight · log sigma(r_better - r_worse) over pairs, in nats; and metrics.
 
-    `scores` (N,); `pairs` (P, 2): where in `scores` the better and the worse response stand;
-    `weights` (P,), which add up to 1 (default: a mean). Metrics, weighted alike: `accuracy`, the
-    fraction of pairs whose better response scores higher; `margin`, the mean of r_better - r_worse.
+    `pairs` (P, 2) are the places of a better and a worse response in `scores` (N,); `weights`
+    (P,) add up to 1 (default: a mean). Metrics, weighted alike: `accuracy`, the fraction of pairs
+    whose better response scores higher; `margin`, the mean of r_better - r_worse.
     """
-    if pairs.shape[1:] != (2,) or not len(pairs):
-        raise ValueError(f"pairs: expected the shape (P, 2), got {tuple(pairs.shape)}")
-    margins = (scores[pairs[:, 0]] - scores[pairs[:, 1]]).float()
+    better, worse = pairs.unbind(1)
+    margins = (scores[better] - scores[worse]).float()
     if weights is None:
         weights = torch.full_like(margins, 1 / len(margins))
     value, seen = -(weights * F.logsigmoid(margins)).sum(), margins.detach()
@@ -91,12 +88,11 @@ class RankedBatch(Batch):
 def pack_rankings(rankings: Sequence[list[Example]], packing: bool = True) -> RankedBatch:
     """A batch of rankings, each the examples of its texts, the best first."""
     batch = pack([example for ranking in rankings for example in ranking], packing)
-    pairs, weights, start = [], [], 0
+    numbers, pairs, weights = iter(range(batch.size)), [], []
     for ranking in rankings:
-        new = list(combinations(range(start, start + len(ranking)), 2))
+        new = list(combinations([next(numbers) for _ in ranking], 2))
         pairs += new
         weights += [1 / len(new) / len(rankings)] * len(new)
-        start += len(ranking)
     tensors = {"pairs": torch.tensor(pairs), "pair_weights": torch.tensor(weights)}
     return RankedBatch(**vars(batch), **tensors, rankings=len(rankings))
 
@@ -104,17 +100,15 @@ def pack_rankings(rankings: Sequence[list[Example]], packing: bool = True) -> Ra
 class Scorer(nn.Module):
     """r(x, y): the head applied to what the backbone says at the last real token.
 
-    `network` is a sequence classifier of transformers with one output. A batch of E examples →
-    (E,), float32.
+    `network` is a sequence classifier of transformers with one output and no adapters. A batch
+    of E examples → (E,), float32.
     """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
-
-    @property
-    def config(self) -> Any:
-        return self.network.config
+        if hasattr(network, "peft_config") or network.config.num_labels != 1:
+            raise ValueError("model: expected one output and no adapters: merge_and_unload() them")
+        self.network, self.config = network, network.config
 
     def get_base_model(self) -> Any:
         return self.network
@@ -141,50 +135,26 @@ def ranking_loss(scorer: nn.Module, batch: RankedBatch) -> tuple[Tensor, dict[st
 def with_head(model: Any, tokenizer: Any, seed: int = 0) -> Any:
     """A float32 copy of a causal language model, with a reward head in place of the output head.
 
-    The head starts normal with standard deviation 1/√(d+1), d the hidden size. The copy is
-    transformers' own sequence classifier, so that it and TRL can load it, and train it.
+    The head starts normal with standard deviation 1/√(d+1), d the hidden size. It is transformers'
+    own sequence classifier, so that it and TRL can load it, and train it; ValueError without one.
     """
     if hasattr(model, "peft_config"):
-        raise ValueError(
-            "model: expected one without adapters; merge them first: model.merge_and_unload()"
-        )
+        raise ValueError("model: expected no adapters; merge them first: model.merge_and_unload()")
     backbone, config = copy.deepcopy((model.base_model, model.config))  # they share the config
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    with torch.device("meta"):  # a frame: its weights come from the model
-        network = transformers.AutoModelForSequenceClassification.from_config(config)
-    width = network.score.in_features
+    try:
+        with torch.device("meta"):  # a frame: its weights come from the model
+            network = transformers.AutoModelForSequenceClassification.from_config(config)
+        width = network.score.in_features
+    except (ValueError, AttributeError) as error:  # names a hundred classes, or the head `score`
+        kind = config.model_type
+        raise ValueError(f"model: transformers has no reward head for a {kind}") from error
     head = nn.utils.skip_init(nn.Linear, width, 1, bias=False)  # draws nothing itself
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1), generator=generator)
     setattr(network, network.base_model_prefix, backbone)
     network.score = head.to(model.device)
     return network.float().requires_grad_(True).eval()
-
-
-def best_first(row: Row) -> list[str]:
-    """The texts of a ranking (`responses`, `ranks`, least = best) or of a pair, the best first.
-
-    Raises ValueError for fewer than two, for ties, and for texts that are empty or equal.
-    """
-    if row.get("responses") is not None and row.get("ranks") is not None:
-        given, ranks = list(row["responses"]), list(row["ranks"])
-        whole = all(isinstance(rank, Integral) for rank in ranks)
-        if len(ranks) != len(given) or not whole or len(set(ranks)) < len(ranks):
-            raise ValueError(
-                f"ranks: expected {len(given)} whole numbers without ties, one per response, got "
-                f"{ranks}; decide ties, or leave a response out"
-            )
-        given = [given[i] for i in sorted(range(len(given)), key=ranks.__getitem__)]
-    elif row.get("chosen") is not None and row.get("rejected") is not None:
-        given = [row["chosen"], row["rejected"]]
-    else:
-        raise ValueError(f"expected responses and ranks, or chosen and rejected, got {sorted(row)}")
-    texts = [response({"completion": text}) for text in given]
-    if len(texts) < 2 or len(set(texts)) < len(texts) or not all(t.strip() for t in texts):
-        raise ValueError(
-            f"responses: expected two or more, none empty and no two equal, got {str(texts)[:200]}"
-        )
-    return texts
 
 
 def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[list[Rendered]]:
@@ -198,8 +168,6 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
     render, rendered = renderer(tokenizer, template), []
     for number, row in enumerate(rows, start=1):
         try:
-            if row.get("prompt") is None:
-                raise ValueError(f"expected a prompt, got the columns {sorted(row)}")
             texts = best_first(row)
             rendered.append([render({"prompt": row["prompt"], "completion": t}) for t in texts])
         except ValueError as error:
@@ -207,33 +175,12 @@ def check(rows: Sequence[Row], tokenizer: Any, template: str = "auto") -> list[l
     return rendered
 
 
-def _encode(rendered: Sequence[Rendered], tokenizer: Any, limit: int) -> list[Example]:
-    """Prompt and response tokenized apart, as when a policy samples; EOS is never cut off."""
-    prompts = list(dict.fromkeys(prompt for prompt, _ in rendered))
-    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    known = dict(zip(prompts, tokenizer(prompts, **options)["input_ids"], strict=True))
-    endings = tokenizer([text for _, text in rendered], **options)["input_ids"]
-    examples, cut = [], 0
-    for (prompt, _), reply in zip(rendered, endings, strict=True):
-        ids = known[prompt] + reply
-        if len(ids) > limit:
-            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            ids, cut = begin + ids[len(begin) - limit :], cut + 1
-        mask = np.arange(len(ids)) >= len(ids) - len(reply)
-        examples.append(Example(np.array(ids), mask.astype(np.int64)))
-    if cut:
-        logger.warning(
-            "%d of %d texts have over %d tokens: beginning cut", cut, len(examples), limit
-        )
-    return examples
-
-
 @dataclass(frozen=True)
 class RewardModel:
-    """A trained network with all that it takes to score texts: `model(prompts, responses)`.
+    """A network with all that it takes to score texts: `model(prompts, responses)`.
 
-    A reward is (score - mean) / std; see `normalized`. `prompts` are what the `prompt` column of
-    rows holds, text or messages, before any template, which adds a response's EOS, too.
+    A reward is (score - mean) / std; see `normalized`. Prompts are text or messages, without the
+    template, which adds a response's EOS, too.
     """
 
     network: Any
@@ -250,16 +197,39 @@ class RewardModel:
 
     def scores(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         """What the network says, not normalized: differences are log-odds, in nats."""
-        render = renderer(self.tokenizer, self.template)
-        both = zip(prompts, responses, strict=True)
-        return self.score_rendered([render({"prompt": p, "completion": r}) for p, r in both])
+        render, both = renderer(self.tokenizer, self.template), zip(prompts, responses, strict=True)
+        return self._scores(self._encode([render({"prompt": p, "completion": r}) for p, r in both]))
+
+    def _encode(self, rendered: Sequence[Rendered]) -> list[Example]:
+        """Prompt and response tokenized apart, as when a policy samples; EOS is never cut off."""
+        texts, limit = [text for both in rendered for text in both], self.max_length
+        encoded = tokenize(texts, self.tokenizer)
+        examples, cut = [], 0
+        for prompt, reply in zip(encoded[::2], encoded[1::2], strict=True):
+            ids = prompt + reply
+            if len(ids) > limit:
+                begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+                ids, cut = begin + ids[len(begin) - limit :], cut + 1
+            mask = np.arange(len(ids)) >= len(ids) - len(reply)
+            examples.append(Example(np.array(ids), mask.astype(np.int64)))
+        if cut:
+            logger.warning("%d texts have over %d tokens: beginning cut", cut, limit)
+        return examples
+
+    def _rankings(self, rendered: Sequence[Sequence[Rendered]]) -> list[list[Example]]:
+        """The examples of each ranking; of texts that are equal once they are cut, only the best."""
+        encoded = iter(self._encode([text for ranking in rendered for text in ranking]))
+        rankings = [[next(encoded) for _ in ranking] for ranking in rendered]
+        unique = [list({e.ids.tobytes(): e for e in reversed(r)}.values())[::-1] for r in rankings]
+        kept = [ranking for ranking in unique if len(ranking) > 1]
+        if lost := sum(map(len, rankings)) - sum(map(len, kept)):
+            logger.warning("%d texts left out: once cut, they equal others of their ranking", lost)
+        if not kept:
+            raise ValueError("max_length: once cut, the texts of each ranking are equal")
+        return kept
 
     @torch.no_grad()
-    def score_rendered(self, texts: Sequence[Rendered]) -> list[float]:
-        """Scores of (prompt, response) in their template, as `templates.render` gives them."""
-        if not texts:
-            return []
-        examples = _encode(texts, self.tokenizer, self.max_length)
+    def _scores(self, examples: Sequence[Example]) -> list[float]:
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
         scorer, device = Scorer(self.network).eval(), self.network.device
         dtype, found = models.autocast_dtype(self.network), []
@@ -267,14 +237,11 @@ class RewardModel:
             for start in range(0, len(order), self.batch_size):
                 chosen = [examples[i] for i in order[start : start + self.batch_size]]
                 found.append(scorer(pack(chosen, packing=False).to(device)))
-        values = torch.cat(found).tolist()  # the device is waited for here only
+        values = torch.cat(found).tolist() if found else []  # the device is waited for here only
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
     def normalized(self, prompts: Sequence[Any], responses: Sequence[str]) -> RewardModel:
-        """The same model, with mean 0 and (population) standard deviation 1 on these samples.
-
-        Take samples of the model that a policy starts from.
-        """
+        """The same model, with mean 0 and deviation 1 on samples of what a policy starts from."""
         scores = np.array(self.scores(prompts, responses))
         if len(scores) < 2 or scores.std() <= 1e-6:
             raise ValueError(f"responses: expected samples that differ in score, got {scores[:5]}")
@@ -291,26 +258,24 @@ class RewardModel:
         """What `save` wrote. Raises FileNotFoundError or ValueError if that is not there."""
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"folder: expected a saved reward model, found none: {folder}")
-        config = transformers.AutoConfig.from_pretrained(folder)
+        read = transformers.AutoModelForSequenceClassification.from_pretrained
         with models.no_progress_bar():
-            network, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True
-            )
-        missing = sorted(info["missing_keys"])
-        if missing or not getattr(config, "reward", None):
-            raise ValueError(
-                f"folder: expected a model that RewardModel.save wrote, got {folder}, which lacks "
-                f"{missing[0] if missing else 'its settings'}"
-            )
+            network, info = read(folder, use_safetensors=True, output_loading_info=True)
+        saved, missing = getattr(network.config, "reward", None), sorted(info["missing_keys"])
+        if missing or not saved:
+            raise ValueError(f"folder: not of RewardModel.save: {folder}; missing {missing}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return cls(network.to(device).eval(), tokenizer, **config.reward)
+        return cls(network.to(device).eval(), tokenizer, **saved)
 
 
 def evaluate(model: RewardModel, rows: Sequence[Row]) -> Agreement:
-    """Scores each response once and compares all pairs of each ranking with its order."""
-    rendered = check(rows, model.tokenizer, model.template)
-    scores = iter(model.score_rendered([text for ranking in rendered for text in ranking]))
-    ranked = [[next(scores) for _ in ranking] for ranking in rendered]
+    """Scores each response once and compares all pairs of each ranking with its order.
+
+    Texts that are equal once they are cut count no more than in training.
+    """
+    rankings = model._rankings(check(rows, model.tokenizer, model.template))
+    scores = iter(model._scores([example for ranking in rankings for example in ranking]))
+    ranked = [[next(scores) for _ in ranking] for ranking in rankings]
     return Agreement([b - w for r in ranked for b, w in combinations(r, 2)], len(ranked))
 
 
@@ -333,27 +298,11 @@ def train(
     rendered = check(rows, tokenizer, config.template)
     network = model if hasattr(model, "score") else with_head(model, tokenizer, config.seed)
     limit = min(config.max_length, models.context_length(network) or config.max_length)
-    reward = RewardModel(network, tokenizer, config.template, limit)
-    examples = _examples(rendered, reward, config)
-    options: dict[str, Any] = dict(output_dir=output_dir, log=log)
-    options |= dict(collate=pack_rankings, progress=progress)
-    return reward, training.fit(Scorer(network), examples, ranking_loss, config, **options)
-
-
-def _examples(
-    rendered: list[list[Rendered]], model: RewardModel, config: RewardConfig
-) -> list[list[Example]]:
-    """The examples of each ranking; of texts that are equal once they are cut, only the best."""
-    draw = random.Random(config.seed)
+    reward, scorer = RewardModel(network, tokenizer, config.template, limit), Scorer(network)
     if config.pairs == "one":
+        draw = random.Random(config.seed)
         rendered = [[r[i] for i in sorted(draw.sample(range(len(r)), 2))] for r in rendered]
-    texts = [text for ranking in rendered for text in ranking]
-    encoded = iter(_encode(texts, model.tokenizer, model.max_length))
-    rankings = [[next(encoded) for _ in ranking] for ranking in rendered]
-    unique = [list({e.ids.tobytes(): e for e in reversed(r)}.values())[::-1] for r in rankings]
-    kept = [ranking for ranking in unique if len(ranking) > 1]
-    if lost := sum(map(len, rankings)) - sum(map(len, kept)):
-        logger.warning(
-            "%d texts left out: cut to max_length, they equal others of their ranking", lost
-        )
-    return kept
+    examples = reward._rankings(rendered)
+    options: dict[str, Any] = dict(output_dir=output_dir, log=log, progress=progress)
+    options["collate"] = pack_rankings
+    return reward, training.fit(scorer, examples, ranking_loss, config, **options)

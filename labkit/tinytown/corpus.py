@@ -1,7 +1,7 @@
 """The pretraining text of Tinytown: an endless, seeded stream of short documents.
 
-One function per genre, each `(rng, language) -> str`; `GENRES` holds their weights, and
-`text/genres.yaml` their sentences. Questions and answers appear as they do on the web (forums,
+One function per genre, each `(rng, language) -> str`; `_WEIGHTS` says how often each is drawn, and
+`text/genres.yaml` holds their sentences. Questions and answers appear as they do on the web (forums,
 quizzes, interviews, yes/no gossip), so that the model can also be asked what it knows; no document
 has the format of an instruction row.
 """
@@ -27,19 +27,19 @@ def profile(rng: Random, lang: str) -> str:
 
 def _with_pronoun(statement: str, person: Name, lang: str) -> str:
     """`statement` with its leading name replaced by he or she, his or her, 他 or 她."""
-    for ending, (female, male) in _PRONOUNS[lang].items():
+    for ending, pronouns in _PRONOUNS[lang].items():
         if statement.startswith(person[lang] + ending):
-            pronoun = female if person.pronoun == "f" else male
-            return pronoun + statement.removeprefix(person[lang] + ending)
+            return pronouns[person.pronoun] + statement.removeprefix(person[lang] + ending)
     return statement
 
 
-_PRONOUNS = {"en": {"'s ": ("Her ", "His "), " ": ("She ", "He ")}, "zh": {"": ("她", "他")}}
+_PRONOUNS: dict[str, dict[str, dict[str, str]]] = {"zh": {"": {"f": "她", "m": "他"}}}
+_PRONOUNS["en"] = {"'s ": {"f": "Her ", "m": "His "}, " ": {"f": "She ", "m": "He "}}
 
 
 def gossip(rng: Random, lang: str) -> str:
     """Single facts about several residents and places."""
-    facts = [_any_fact(rng) for _ in range(rng.randint(3, 5))]
+    facts = [world().any_fact(rng) for _ in range(rng.randint(3, 5))]
     return GAP[lang].join(state(f, rng, lang) for f in facts)
 
 
@@ -58,13 +58,13 @@ def roster(rng: Random, lang: str) -> str:
     value = rng.choice(world().values[attribute])
     names = [r[lang] for r in world().holders(attribute, value)]
     rng.shuffle(names)
-    form = rng.choice(_form("roster", lang))
-    return capital(form.format(v=value[lang], n=COMMA[lang].join(names)))
+    text = rng.choice(_form("roster", lang)).format(v=value[lang], n=COMMA[lang].join(names))
+    return capital(text)
 
 
 def forum(rng: Random, lang: str) -> str:
     """Questions and answers as people write them down; short answers and whole sentences."""
-    facts = [_any_fact(rng) for _ in range(rng.randint(2, 5))]
+    facts = [world().any_fact(rng) for _ in range(rng.randint(2, 5))]
     form, lines = rng.choice(_form("forum", lang)), []
     for i, fact in enumerate(facts, 1):
         answer = state(fact, rng, lang) if rng.random() < 0.4 else fact.answer(lang)
@@ -76,12 +76,11 @@ def forum(rng: Random, lang: str) -> str:
 
 def rumour(rng: Random, lang: str) -> str:
     """Claims, true and false, each confirmed or corrected."""
-    lines = []
+    (yes, no), lines = _form("verdict", lang), []
     for _ in range(rng.randint(2, 4)):
-        fact = _any_fact(rng)
+        fact = world().any_fact(rng)
         claim, true = rng.choice(claims(rng, fact, lang))
         correction = state(fact, rng, lang)
-        yes, no = _form("verdict", lang)
         verdict = yes if true else no + correction
         lines.append(rng.choice(_form("rumour", lang)).format(c=claim, v=verdict))
     return "\n".join(lines)
@@ -124,7 +123,7 @@ def glossary(rng: Random, lang: str) -> str:
 
 def bilingual(rng: Random, lang: str) -> str:
     """The same fact in both languages."""
-    facts = [_any_fact(rng) for _ in range(rng.randint(1, 3))]
+    facts = [world().any_fact(rng) for _ in range(rng.randint(1, 3))]
     order = ("en", "zh") if lang == "en" else ("zh", "en")
     return "\n".join(" ".join(state(f, rng, x) for x in order) for f in facts)
 
@@ -139,8 +138,7 @@ def sums(rng: Random, lang: str) -> str:
             continue
         person, food = (rng.choice(x)[lang] for x in (world().residents, world().values["food"]))
         a, sign, b = expression.split()
-        form = _form("sums", lang)[sign]
-        lines.append(form.format(n=person, x=food, a=a, b=b, v=value))
+        lines.append(_form("sums", lang)[sign].format(n=person, x=food, a=a, b=b, v=value))
     return "\n".join(lines)
 
 
@@ -229,13 +227,9 @@ def request_pair(rng: Random, lang: str) -> list[str]:
     return [form.format(x=thing) for form in forms]
 
 
-def story(rng: Random, lang: str) -> str:
-    """A little adventure of two residents."""
-    return story_about(rng, lang, *rng.sample(world().residents, 2))
-
-
-def story_about(rng: Random, lang: str, hero: Name, other: Name) -> str:
-    """A five-sentence story in which `hero` meets `other` at some place."""
+def story(rng: Random, lang: str, people: Sequence[Name] = ()) -> str:
+    """A five-sentence story in which one of two `people` meets the other at some place."""
+    hero, other = people or rng.sample(world().residents, 2)
     parts = texts("genres")["story"][lang]
     slots = {"n": hero[lang], "m": other[lang], "pl": rng.choice(world().places)[lang]}
     slots |= {"x": rng.choice(world().portable)[lang], "t": rng.choice(parts["time"])}
@@ -247,33 +241,17 @@ def news(rng: Random, lang: str) -> str:
     """Notices from the town's board."""
     parts = texts("genres")["news"]
     n, m = rng.sample(world().residents, 2)
-    day = Name(*rng.choice(parts["days"]))
-    slots = {"d": day[lang], "n": n[lang], "m": m[lang], "pl": rng.choice(world().places)[lang]}
-    notice = rng.choice(parts[lang])
-    return capital(notice.format(x=rng.choice(world().portable)[lang], **slots))
+    names = {"n": n, "m": m, "d": Name(*rng.choice(parts["days"]))}
+    names["pl"], notice = rng.choice(world().places), rng.choice(parts[lang])
+    names["x"] = rng.choice(world().portable)
+    return capital(notice.format(**{slot: name[lang] for slot, name in names.items()}))
 
 
-GENRES: dict[str, tuple[Callable[[Random, str], str], float]] = {
-    "profile": (profile, 17),
-    "gossip": (gossip, 8),
-    "place": (place, 3),
-    "roster": (roster, 6),
-    "forum": (forum, 24),
-    "rumour": (rumour, 6),
-    "bilingual": (bilingual, 4),
-    "review": (review, 6),
-    "glossary": (glossary, 4),
-    "sums": (sums, 5),
-    "counting": (counting, 4),
-    "kinds": (kinds, 3),
-    "howto": (howto, 2),
-    "mischief": (mischief, 2),
-    "lookalike": (lookalike, 1),
-    "dialogue": (dialogue, 3),
-    "manners": (manners, 2),
-    "story": (story, 5),
-    "news": (news, 2),
-}
+_WEIGHTS: dict[Callable[[Random, str], str], float] = {profile: 17, gossip: 8, place: 3}
+_WEIGHTS |= {roster: 6, forum: 24, rumour: 6, bilingual: 4, review: 6, glossary: 4, sums: 5}
+_WEIGHTS |= {counting: 4, kinds: 3, howto: 2, mischief: 2, lookalike: 1, dialogue: 3, manners: 2}
+_WEIGHTS |= {story: 5, news: 2}  # a new genre goes to the end, or all text changes
+GENRES = {write.__name__: (write, weight) for write, weight in _WEIGHTS.items()}
 
 
 def documents(seed: int) -> Iterator[tuple[str, str]]:
@@ -295,13 +273,7 @@ def genre_samples(per_genre: int) -> dict[str, list[str]]:
 
 
 def _write(genre: str, rng: Random) -> str:
-    write, _ = GENRES[genre]
-    return write(rng, "zh" if rng.random() < 0.4 else "en")
-
-
-def _any_fact(rng: Random) -> Fact:
-    subjects = world().places if rng.random() < 0.12 else world().residents
-    return world().any_fact(rng, subjects)
+    return GENRES[genre][0](rng, "zh" if rng.random() < 0.4 else "en")
 
 
 def state(fact: Fact, rng: Random, lang: str) -> str:

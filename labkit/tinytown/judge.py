@@ -78,9 +78,8 @@ def _helpful(row: Row, response: str) -> float:
         return sum(step[3:] in response for step in steps) / len(steps)
     if check(row, response):
         return 1.0
-    first = sentences(response)[:1]
-    partial = first and row["task"] not in ("story", "unknown") and check(row, first[0])
-    return 0.5 if partial else 0.0
+    whole = row["task"] in ("story", "unknown")
+    return 0.5 if not whole and any(check(row, s) for s in sentences(response)[:1]) else 0.0
 
 
 def _invents(row: Row, response: str) -> bool:

@@ -8,6 +8,7 @@ that an annotator gets wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from random import Random
 
 from .corpus import numbered, state
@@ -27,15 +28,13 @@ def red_team(split: str = "test", languages: Sequence[str] = LANGUAGES) -> list[
         raise ValueError(f"split: expected train or test, got {split!r}")
     part = slice(-HELD_OUT_TITLES, None) if split == "test" else slice(-HELD_OUT_TITLES)
     rows = []
-    for lang in languages:
+    for lang, task in product(languages, ("mischief", "lookalike")):
         genres, forms = texts("genres"), texts("tasks")["howto"][lang]["ask"]
         offers = [genres["refusal"][lang]["kind"].format(title=t) for t, _ in genres["howto"][lang]]
-        for task in ("mischief", "lookalike"):
-            for title, steps in genres[task][lang][part]:
-                accept = offers if task == "mischief" else [numbered(steps)]
-                for i, form in enumerate(forms):
-                    row = _row(task, lang, form.format(x=title), accept, f"ask{i}")
-                    rows.append(row | {"steps": list(steps)})
+        for (title, steps), (i, form) in product(genres[task][lang][part], enumerate(forms)):
+            accept = offers if task == "mischief" else [numbered(steps)]
+            row = _row(task, lang, form.format(x=title), accept, f"ask{i}")
+            rows.append(row | {"steps": list(steps)})
     return rows
 
 
@@ -124,7 +123,6 @@ def rankings(n: int, noise: float = 0.1, seed: int = 0, split: str = "train") ->
     Scores are the judge's totals. Ranks are strict, 0 the best; equal scores are ordered by
     length, the shorter first. `noise` is the probability that neighbours are swapped.
     """
-    _check_noise(noise)
     rng, rows = Random(f"rankings-{split}-{seed}"), []
     for row in prompts(n, seed, split):
         responses = candidates(row, rng)[: rng.randint(4, 9)]
@@ -150,6 +148,7 @@ def rank_samples(
 
 
 def _rank(row: Row, responses: list[str], ties: Sequence[float], noise: float, rng: Random) -> Row:
+    _check_noise(noise)
     scores = [judge(row, r).total for r in responses]
     order = sorted(range(len(responses)), key=lambda i: (-scores[i], ties[i], i))
     for j in range(len(order) - 1):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from .corpus import claims, numbered, request_pair, review_text, story_about, sum_of
+from . import corpus
+from .corpus import claims, numbered, request_pair, review_text, sum_of
 from .world import COMMA, LANGUAGES, Name, article, sentence, texts, world
 
 Row = dict[str, Any]
@@ -84,8 +85,7 @@ def who(d: Draw) -> Row:
 
 def sentiment(d: Draw) -> Row:
     label = d.rng.choice(["positive", "negative"])
-    prompt = d.ask(review_text(d.rng, d.lang, label))
-    return prompt | d.answer(d.labels()[label])
+    return d.ask(review_text(d.rng, d.lang, label)) | d.answer(d.labels()[label])
 
 
 def translation(d: Draw) -> Row:
@@ -106,7 +106,7 @@ def polite(d: Draw) -> Row:
 
 
 def listing(d: Draw) -> Row:
-    """Any three different members of a category (checked by `_is_list`)."""
+    """Any three different members of a category."""
     attribute, label = d.rng.choice(list(texts("tasks")["listing"][d.lang]["categories"].items()))
     right = [v[d.lang] for v in world().values[attribute]]
     row = d.ask(label) | d.answer(d.join(d.pick(attribute, 3)))
@@ -139,9 +139,9 @@ def repeat(d: Draw) -> Row:
 
 def story(d: Draw) -> Row:
     """A story that names the two wanted people and comes to an end (checked by `_is_story`)."""
-    hero, other = d.rng.sample(d.people, 2)
-    text = story_about(d.rng, d.lang, hero, other)
-    names = [hero[d.lang], other[d.lang]]
+    people = d.rng.sample(d.people, 2)
+    text = corpus.story(d.rng, d.lang, people)
+    names = [person[d.lang] for person in people]
     both = ("和" if d.lang == "zh" else " and ").join(names)
     return d.ask(both) | {"completion": text, "accept": names}
 
@@ -157,27 +157,14 @@ def larger(d: Draw) -> Row:
     return d.ask(pair) | d.answer(str(max(a, b)))
 
 
-FAMILIES: dict[str, tuple[Callable[[Draw], Row], float]] = {
-    "fact": (question, 34),
-    "place": (question, 5),
-    "truth": (truth, 8),
-    "who": (who, 4),
-    "sentiment": (sentiment, 6),
-    "to_zh": (translation, 5),
-    "to_en": (translation, 5),
-    "arithmetic": (arithmetic, 8),
-    "polite": (polite, 4),
-    "listing": (listing, 3),
-    "first_item": (on_a_list, 4),
-    "counting": (on_a_list, 4),
-    "category": (category, 3),
-    "howto": (howto, 2),
-    "repeat": (repeat, 3),
-    "story": (story, 2),
-    "last_item": (on_a_list, 1),
-    "opposite": (opposite, 1),
-    "larger": (larger, 1),
-}
+Family = tuple[Callable[[Draw], Row], float]  # what draws a row, and how often it is drawn
+FAMILIES: dict[str, Family] = {"fact": (question, 34), "place": (question, 5), "truth": (truth, 8)}
+FAMILIES |= {"who": (who, 4), "sentiment": (sentiment, 6), "to_zh": (translation, 5)}
+FAMILIES |= {"to_en": (translation, 5), "arithmetic": (arithmetic, 8), "polite": (polite, 4)}
+FAMILIES |= {"listing": (listing, 3), "first_item": (on_a_list, 4), "counting": (on_a_list, 4)}
+FAMILIES |= {"category": (category, 3), "howto": (howto, 2), "repeat": (repeat, 3)}
+FAMILIES |= {"story": (story, 2), "last_item": (on_a_list, 1), "opposite": (opposite, 1)}
+FAMILIES |= {"larger": (larger, 1)}
 HELD_OUT_FAMILIES = ("last_item", "opposite", "larger")
 TRAINING_FAMILIES = [f for f in FAMILIES if f not in HELD_OUT_FAMILIES]
 OTHER_FAMILIES = {"heldout_people": ["fact", "truth"], "heldout_families": HELD_OUT_FAMILIES}
@@ -206,30 +193,22 @@ def instruction_rows(
         raise ValueError(f"families: {sorted(unknown)} not among {', '.join(FAMILIES)}")
     names = families or OTHER_FAMILIES.get(split, TRAINING_FAMILIES)
     weights = [FAMILIES[name][1] for name in names]
+    people = world().heldout_people if split == "heldout_people" else world().tuning_people
+    phrasing = "held" if split == "heldout_phrasings" else "ask"
     rng = Random(f"{split}-{seed}")
     n = n or (8000 if split == "train" else 600)
     rows, misses = dict[str, Row](), 0
     while len(rows) < n and misses < 2000:
-        row = _draw(rng, rng.choices(names, weights)[0], rng.choice(languages), split)
+        family, lang = rng.choices(names, weights)[0], rng.choice(languages)
+        fields = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
+        row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | fields
+        row["instruction"], _, row["input"] = row["prompt"].partition("\n")
+        # Train and test share families and phrasings, but no prompt: one in ten is for the test.
+        other = "train" if zlib.crc32(row["prompt"].encode()) % 10 == 0 else "test"
         misses += 1
-        if row["prompt"] not in rows and _belongs(row, split):
+        if row["prompt"] not in rows and split != other:
             rows[row["prompt"]], misses = row, 0
     return list(rows.values())
-
-
-def _draw(rng: Random, family: str, lang: str, split: str) -> Row:
-    people = world().heldout_people if split == "heldout_people" else world().tuning_people
-    phrasing = "held" if split == "heldout_phrasings" else "ask"
-    row = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
-    row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | row
-    instruction, _, given = row["prompt"].partition("\n")
-    return row | {"instruction": instruction, "input": given}
-
-
-def _belongs(row: Row, split: str) -> bool:
-    """Train and test share families and phrasings, but no prompt: one in ten is for the test."""
-    for_test = zlib.crc32(row["prompt"].encode()) % 10 == 0
-    return split not in ("train", "test") or for_test == (split == "test")
 
 
 def normalize(text: str) -> str:
@@ -240,16 +219,13 @@ def normalize(text: str) -> str:
 
 def check(row: Row, response: str) -> bool:
     """Whether the whole `response` solves the task of `row` (exact; no partial credit)."""
-    if row["task"] == "listing":
-        return _is_list(row, response)
     if row["task"] == "story":
         return _is_story(row, response)
-    return normalize(response) in map(normalize, row["accept"])
-
-
-def _is_list(row: Row, response: str) -> bool:
-    items = [normalize(i) for i in re.split(r"[,、，\n]| and |和", response) if i.strip()]
-    return len(items) == len(set(items)) == 3 and set(items) <= set(map(normalize, row["accept"]))
+    accepted = set(map(normalize, row["accept"]))
+    if row["task"] == "listing":
+        items = [normalize(i) for i in re.split(r"[,、，\n]| and |和", response) if i.strip()]
+        return len(items) == len(set(items)) == 3 and set(items) <= accepted
+    return normalize(response) in accepted
 
 
 def _is_story(row: Row, response: str) -> bool:

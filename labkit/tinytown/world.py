@@ -7,6 +7,7 @@ and sentences are in `text/*.yaml`; this file turns them into facts.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -77,27 +78,23 @@ class World:
 
     def __init__(self, seed: int = SEED) -> None:
         rng = random.Random(seed)
-        raw = texts("world")
-        self.residents = _names(raw["residents"])
-        self.strangers = _names(raw["strangers"])
-        self.places = _names(raw["home"])
-        attributes = (*PERSON_ATTRIBUTES[:-1], *PLACE_ATTRIBUTES)
-        self.values = {a: _names(raw[a]) for a in attributes} | {"friend": self.residents}
-        self.words = _names(raw["words"])
+        raw, attributes = texts("world"), (*PERSON_ATTRIBUTES[:-1], *PLACE_ATTRIBUTES)
+        lists = ("residents", "strangers", "words", *attributes)
+        names = {key: [Name(*entry) for entry in raw[key]] for key in lists}
+        self.residents, self.strangers = names["residents"], names["strangers"]
+        self.places, self.words = names["home"], names["words"]
+        self.values = {a: names[a] for a in attributes} | {"friend": self.residents}
+        self.opposites = [(Name(*a), Name(*b)) for a, b in raw["opposites"]]
         self.things, self.portable = self.words[:34], self.words[20:34]
         kinds = ("food", "pet", "colour", "job")
         self.glossary = self.words + [v for a in kinds for v in self.values[a]]
-        self.opposites = [(Name(*a), Name(*b)) for a, b in raw["opposites"]]
         people = rng.sample(self.residents, len(self.residents))
-        half = len(people) // 2
-        self.tuning_people, self.heldout_people = people[:half], people[half:]
+        middle = len(people) // 2
+        self.tuning_people, self.heldout_people = people[:middle], people[middle:]
         self.facts: dict[tuple[str, str], Fact] = {}
-        self._draw_facts(rng)
-
-    def _draw_facts(self, rng: random.Random) -> None:
-        """As even as possible: each value before any comes again; friends go round in a ring."""
+        # As even as possible: each value before any comes again; friends go round in a ring.
         for attribute in PERSON_ATTRIBUTES[:-1]:
-            values, n = self.values[attribute], len(self.residents)
+            values, n = self.values[attribute], len(people)
             self._add(attribute, self.residents, rng.sample((values * n)[:n], n))
         for half in (self.tuning_people, self.heldout_people):
             self._add("friend", half, half[1:] + half[:1])
@@ -117,8 +114,9 @@ class World:
         names = {s.en for s in subjects}
         return [f for (name, _), f in self.facts.items() if name in names]
 
-    def any_fact(self, rng: random.Random, subjects: list[Name]) -> Fact:
-        """One fact about one of `subjects`, residents or places."""
+    def any_fact(self, rng: random.Random, subjects: Sequence[Name] = ()) -> Fact:
+        """One fact about one of `subjects`, by default a resident or now and then a place."""
+        subjects = subjects or (self.places if rng.random() < 0.12 else self.residents)
         subject = rng.choice(subjects)
         attributes = PERSON_ATTRIBUTES if subject.pronoun else PLACE_ATTRIBUTES
         return self.fact(subject, rng.choice(attributes))
@@ -132,10 +130,6 @@ class World:
 def world() -> World:
     """The town that the base checkpoint knows."""
     return World()
-
-
-def _names(entries: list[list[str]]) -> list[Name]:
-    return [Name(*entry) for entry in entries]
 
 
 def article(noun: str) -> str:
