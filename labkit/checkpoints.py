@@ -50,24 +50,31 @@ def fingerprint(model: nn.Module, examples: Sequence[Any] = ()) -> dict[str, Any
 
 
 def complete(folder: Path, made: dict[str, Any]) -> None:
-    """Marks a checkpoint as complete, with what it was made with."""
-    (folder / RECORD).write_text(json.dumps(made), encoding="utf-8")
+    """Marks a checkpoint as complete: what it was made with, and how large each file is."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    (folder / RECORD).write_text(json.dumps({"made": made, "files": files}), encoding="utf-8")
 
 
 def newest(folder: str | Path, made: dict[str, Any]) -> Path:
     """The newest complete checkpoint in or below `folder`.
 
     Raises FileNotFoundError if there is none, ValueError, naming what differs, if it was made with
-    anything else than `made`.
+    anything else than `made`, or a file is damaged.
     """
     found = _complete(Path(folder).expanduser())
     if not found:
         raise FileNotFoundError(f"resume: expected a complete checkpoint in {folder}, found none")
-    kept, own = json.loads((found[0] / RECORD).read_text("utf-8")), json.loads(json.dumps(made))
+    record = json.loads((found[0] / RECORD).read_text("utf-8"))
+    kept, own = record.get("made", record), json.loads(json.dumps(made))
     for name in sorted({*kept, *own}):
         if kept.get(name) != own.get(name):
             was, now = str(kept.get(name))[:80], str(own.get(name))[:80]
             raise ValueError(f"resume: {found[0]} was made with {name} = {was}, got {now}")
+    for name, size in record.get("files", {}).items():
+        file = found[0] / name
+        if (there := file.stat().st_size if file.exists() else 0) != size:
+            expected = f"{size} bytes in {file}, got {there}"
+            raise ValueError(f"resume: expected {expected}; take the folder of an older checkpoint")
     return found[0]
 
 

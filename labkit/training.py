@@ -38,7 +38,6 @@ from labkit.state import unchanged
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
-CHECKPOINT = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 SAME_NAME = ("learning_rate", "max_steps", "weight_decay", "max_grad_norm", "seed")
 Optimizer = Annotated[str, AfterValidator(lambda name: OptimizerNames(name).value)]
 
@@ -293,15 +292,10 @@ def _resumed(
     made = {name: value for name, value in asdict(config).items() if name not in FREE}
     made |= checkpoints.fingerprint(model, examples)
     made["loss"] = getattr(getattr(loss, "func", loss), "__qualname__", type(loss).__name__)
-    adapters = [*getattr(model, "peft_config", {}).values()]
-    made["adapters"] = [type(adapter).__name__ for adapter in adapters]
-    # What the weights do not show: alpha and dropout of an adapter, beta of a loss.
-    for options in (*map(vars, adapters), getattr(loss, "keywords", {})):
+    adapters = map(vars, getattr(model, "peft_config", {}).values())
+    for options in (*adapters, getattr(loss, "keywords", {})):  # alpha and dropout; beta of a loss
         made |= {name: x for name, x in options.items() if isinstance(x, int | float)}
     if not config.resume:
         checkpoints.check_unused(output_dir)
         return made, None
-    folder = checkpoints.newest(config.resume, made)
-    if missing := [name for name in CHECKPOINT if not [*folder.glob(name)]]:
-        raise FileNotFoundError(f"resume: {folder} lacks {', '.join(missing)}")
-    return made, str(folder)
+    return made, str(checkpoints.newest(config.resume, made))

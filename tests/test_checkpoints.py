@@ -45,3 +45,17 @@ def test_other_adapters_and_buffers_have_other_fingerprints(tiny_model):
         made[-1].running_mean += 1
     found = [str(checkpoints.fingerprint(model)) for model in made]
     assert len(set(found)) == len(made)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"ab"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "optimizer.pt").write_bytes(b"abc")
+    checkpoints.complete(folder, {})
+    assert checkpoints.newest(tmp_path, {}) == folder
+    (folder / "optimizer.pt").unlink()
+    if content is not None:
+        (folder / "optimizer.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"optimizer\.pt"):
+        checkpoints.newest(tmp_path, {})

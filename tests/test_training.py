@@ -328,7 +328,7 @@ def test_resuming_without_a_complete_checkpoint_is_refused(tiny_model, tmp_path)
     sft(tiny_model(), copies(8), **settings)
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     for folder, lacking in ((tmp_path, "optimizer"), (tmp_path / "none", "resume")):
-        with pytest.raises(FileNotFoundError, match=lacking):
+        with pytest.raises((FileNotFoundError, ValueError), match=lacking):
             sft(tiny_model(), copies(8), resume=str(folder), **settings)
 
 
