@@ -27,6 +27,24 @@ class Example(NamedTuple):
     mask: np.ndarray
 
 
+def join(
+    prompt: list[int], response: list[int], limit: int, bos: int | None, longest: int = 0
+) -> Example:
+    """One example of at most `limit` tokens, its response learned.
+
+    Too long, it loses the beginning of its prompt (a BOS stays), then the end of its response.
+    `longest`: the tokens of the longest response to this prompt, if all are to keep as much of it.
+    """
+    longest = max(longest, len(response))
+    if len(prompt) + longest > limit:
+        head = prompt[:1] if prompt[:1] == [bos] else []
+        space = max(0, limit - longest - len(head))
+        prompt = head + prompt[len(prompt) - space :]
+        response = response[: limit - len(prompt)]
+    mask: np.ndarray = np.repeat([0, 1], [len(prompt), len(response)])
+    return Example(np.array(prompt + response), mask)
+
+
 @dataclass
 class Batch:
     """E examples in B sequences of T tokens, padded on the right; N response tokens to predict.

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import fsspec
-import numpy as np
 import pyarrow.parquet
 
 from labkit import models, templates, tinytown
-from labkit.batching import Example
+from labkit.batching import Example, join
 from labkit.formats import Row, convert, where
 from labkit.templates import render as render
 
@@ -282,14 +281,7 @@ def encode(
         except ValueError as error:
             raise ValueError(f"{where(row, number)}: {error}") from error
     tokenized = [templates.tokenize(texts, tokenizer) for texts in zip(*rendered, strict=True)]
-    examples, truncated = [], 0
-    for prompt, completion in zip(*tokenized, strict=True):
-        if len(prompt) + len(completion) > limit:
-            head = prompt[:1] if prompt[:1] == [bos] else []
-            completion = completion[: limit - len(head)]
-            space = limit - len(head) - len(completion)
-            prompt = head + prompt[len(prompt) - space :]
-            truncated += 1
-        lengths = [len(prompt), len(completion)]
-        examples.append(Example(np.array(prompt + completion), np.repeat([0, 1], lengths)))
+    both = list(zip(*tokenized, strict=True))
+    truncated = sum(len(prompt) + len(completion) > limit for prompt, completion in both)
+    examples = (join(prompt, completion, limit, bos) for prompt, completion in both)
     return Encoded(examples, truncated, limit)

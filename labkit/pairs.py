@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from labkit import models, templates
-from labkit.batching import Batch, Example, pack
+from labkit.batching import Batch, Example, join, pack
 from labkit.formats import Row, where
 
 logger = logging.getLogger("labkit")
@@ -102,23 +102,24 @@ def encode_pairs(
     """
     models.check_tokenizer(tokenizer)
     limit, bos = min(max_length, tokenizer.model_max_length), tokenizer.bos_token_id
-    render, rendered, sizes, left_out = templates.renderer(tokenizer, template), [], {}, []
+    render, rendered, sizes, left_out = templates.renderer(tokenizer, template), [], [], []
     for number, row in enumerate(rows, start=1):
         place = where(row, number)
         try:
             texts = [render({"prompt": row["prompt"], "completion": t}) for t in best_first(row)]
             rendered += texts
-            sizes[place] = len(texts)
-        except (ValueError, KeyError) as error:
+            sizes.append((place, len(texts)))
+        except ValueError as error:
             left_out.append(f"{place}: {error}")
     prompts, responses = (
         iter(templates.tokenize(column, tokenizer))
         for column in (zip(*rendered, strict=True) if rendered else ((), ()))
     )
     pairs: list[Pair] = []
-    for place, size in sizes.items():
+    for place, size in sizes:
         both = [(next(prompts), next(responses)) for _ in range(size)]
-        examples = _cut(both, limit, bos)
+        longest = max(len(response) for _, response in both)
+        examples = [join(*texts, limit, bos, longest) for texts in both]
         new = [Pair(*two) for two in combinations(examples, 2)]
         differ = [pair for pair in new if not np.array_equal(pair.chosen.ids, pair.rejected.ids)]
         if len(differ) < len(new):
@@ -129,18 +130,3 @@ def encode_pairs(
     if not pairs:
         raise ValueError(f"rows: no pair to learn from; {left_out[0] if left_out else 'no rows'}")
     return pairs
-
-
-def _cut(both: list[tuple[list[int], list[int]]], limit: int, bos: int | None) -> list[Example]:
-    """Examples of one prompt, cut to `limit` tokens alike, so that their prompts stay equal."""
-    longest = max(len(response) for _, response in both)
-    examples = []
-    for prompt, response in both:
-        if len(prompt) + longest > limit:
-            head = prompt[:1] if prompt[:1] == [bos] else []
-            space = max(0, limit - longest - len(head))
-            prompt = head + prompt[len(prompt) - space :]
-            response = response[: limit - len(prompt)]
-        mask: np.ndarray = np.repeat([0, 1], [len(prompt), len(response)])
-        examples.append(Example(np.array(prompt + response), mask))
-    return examples

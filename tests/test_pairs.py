@@ -1,12 +1,16 @@
 """Preference pairs: rows of every layout, cut alike, what teaches nothing is left out and named."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from labkit import data
+from labkit import data, training
+from labkit.formats import Located
 from labkit.pairs import encode_pairs, pack_pairs
+from labkit.techniques import dpo, orpo
 
 ROW = {"prompt": "What is two?", "chosen": "It is two.", "rejected": "Bread."}
 TURNS = [
@@ -77,3 +81,31 @@ def test_a_batch_holds_pairs_in_order(make_pairs):
         counts = np.bincount(batch.example.numpy(), minlength=12).reshape(6, 2)
         expected = [[p.chosen.mask.sum(), p.rejected.mask.sum()] for p in pairs]
         assert counts.tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [(dpo, partial(dpo.DPOConfig, nll=0.5)), (orpo, orpo.ORPOConfig)],
+    ids=["dpo", "orpo"],
+)
+def test_accumulation_changes_nothing(tiny_model, make_pairs, module, config, size):
+    """8 pairs at once, 4 times 2, 8 times 1: the same gradients, of an NLL term as well."""
+    pairs, weights = dpo.with_reference(make_pairs(8), tiny_model(seed=1)), []
+    steps = dict(max_steps=1, optimizer="sgd", learning_rate=1.0, warmup_ratio=0.0)
+    for batch_size in (8, size):
+        model = tiny_model()
+        made = config(batch_size=batch_size, gradient_accumulation=8 // batch_size, **steps)
+        loss = partial(module.pair_loss, config=made)
+        training.fit(model, pairs, loss, made, collate=pack_pairs, progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_rows_of_one_place_are_told_apart(tiny_tokenizer):
+    """Two files of one name may be loaded into one list: their rows then have one place."""
+    rows = [Located(ROW), Located(ROW | {"chosen": "Two."})]
+    for row in rows:
+        row.where = "data: a.jsonl, row 1"
+    found = [texts(pair, tiny_tokenizer)[0] for pair in encode_pairs(rows, tiny_tokenizer)]
+    assert found == ["It is two.<|end|>", "Two.<|end|>"]

@@ -162,28 +162,6 @@ def test_a_reference_is_needed(tiny_model, make_pairs):
     dpo.pair_loss(tiny_model(), pack_pairs(make_pairs()), DPOConfig(variant="simpo"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_accumulation_changes_nothing(tiny_model, make_pairs, size):
-    """8 pairs at once, 4 times 2, 8 times 1: the same gradients, of the NLL term as well."""
-    weights = []
-    for batch_size in (8, size):
-        model = tiny_model()
-        pairs = dpo.with_reference(make_pairs(8), tiny_model(seed=1))
-        config = DPOConfig(
-            max_steps=1,
-            batch_size=batch_size,
-            gradient_accumulation=8 // batch_size,
-            optimizer="sgd",
-            learning_rate=1.0,
-            warmup_ratio=0.0,
-            nll=0.5,
-        )
-        loss = partial(dpo.pair_loss, config=config)
-        training.fit(model, pairs, loss, config, collate=pack_pairs, progress=False)
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
-
-
 ROWS = [
     {
         "prompt": f"What is {n} plus one?",
