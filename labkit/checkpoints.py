@@ -23,14 +23,20 @@ from labkit.batching import flat
 RECORD, STATE = "made_with.json", "state.safetensors"
 
 
+def digest(examples: Sequence[Any]) -> int:
+    """A checksum of the ids and masks of examples, also of those that pairs and rankings hold."""
+    crc = 0
+    for ids, mask in flat(examples):
+        crc = zlib.crc32(mask.tobytes(), zlib.crc32(ids.tobytes(), crc))
+    return crc
+
+
 def fingerprint(model: nn.Module, examples: Sequence[Any] = ()) -> dict[str, Any]:
     """Of what a run starts from: examples, shapes of trained weights, sum of all that is frozen,
     and under its own name each number or text that layers have as a setting, such as `lora_alpha`.
     """
-    crc, frozen = 0, 0.0
+    crc, frozen = digest(examples), 0.0
     settings: dict[str, set[str]] = {}
-    for ids, mask in flat(examples):
-        crc = zlib.crc32(mask.tobytes(), zlib.crc32(ids.tobytes(), crc))
     for item in examples:  # what another model said of a pair
         if (known := getattr(item, "reference", None)) is not None:
             crc = zlib.crc32(known.tobytes(), crc)

@@ -122,11 +122,10 @@ def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
         if given.get(name, "tinytown") != "tinytown":
             from labkit import data, pairs, templates
 
-            rows = data.load(given[name], limit=1)  # all are read
-            (learns,) = (n.learns for n in notebooks.available() if n.name == notebook)
-            look: Any = {"answers": templates.response, "preferences": pairs.best_first}[learns]
-            for row in rows if name == "data" else []:
-                look(row)
+            row = data.load(given[name], limit=1)[0]  # all are read
+            if name == "data":
+                (learns,) = (n.learns for n in notebooks.available() if n.name == notebook)
+                (pairs.best_first if learns == "preferences" else templates.response)(row)
     if not force and given.get("model", "tinytown") != "tinytown":
         from labkit import memory
 

@@ -121,7 +121,7 @@ def perplexity(
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts: expected a list of at least one text, got {texts!r:.80}")
-    max_length = min(max_length, models.context_length(model) or max_length)
+    max_length = models.fitting(model, max_length)
     windows = [
         np.array(ids[start : start + max_length])
         for ids in tokenizer(list(texts), verbose=False)["input_ids"]

@@ -313,6 +313,11 @@ def warn_of_half_precision(model: Any) -> None:
         log.warning("model: small steps are lost in half precision; load it with dtype='float32'")
 
 
+def fitting(model: Any, max_length: int) -> int:
+    """`max_length`, or the tokens of the model's context where that is less."""
+    return min(max_length, context_length(model) or max_length)
+
+
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 natively; elsewhere it is emulated and slow."""
     found = torch.cpu.get_capabilities()
@@ -329,6 +334,12 @@ def autocast_dtype(model: Any) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     pays = cpu_has_bf16() and parameter_counts(model).total >= 1_000_000
     return torch.bfloat16 if kind == "cpu" and pays else None
+
+
+def autocast(model: Any) -> torch.autocast:
+    """The context in which a forward pass computes in `autocast_dtype`."""
+    kind, dtype = next(model.parameters()).device.type, autocast_dtype(model)
+    return torch.autocast(kind, dtype, enabled=dtype is not None)
 
 
 @contextlib.contextmanager

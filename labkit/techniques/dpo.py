@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
-from labkit import logprobs, models, training
+from labkit import checkpoints, logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
 from labkit.formats import Row
 from labkit.pairs import Pair, PairBatch, encode_pairs, pack_pairs
@@ -120,10 +120,10 @@ def with_reference(
 
 @torch.no_grad()
 def _reference(pairs: Sequence[Pair], model: Any, batch_size: int) -> np.ndarray:
-    device, dtype = next(model.parameters()).device, models.autocast_dtype(model)
+    device = next(model.parameters()).device
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen.ids))
     known: np.ndarray = np.zeros((len(pairs), 2), dtype=np.float32)
-    with logprobs.evaluating(model), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with logprobs.evaluating(model), models.autocast(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = pack_pairs([pairs[i] for i in rows], packing=False).to(device)
@@ -133,10 +133,7 @@ def _reference(pairs: Sequence[Pair], model: Any, batch_size: int) -> np.ndarray
 
 
 def _digest(pairs: Sequence[Pair], model: nn.Module) -> str:
-    crc = 0
-    for pair in pairs:
-        for array in (*pair.chosen, *pair.rejected):
-            crc = zlib.crc32(array.tobytes(), crc)
+    crc = checkpoints.digest(pairs)
     for name, p in model.named_parameters():
         weights = p.detach().double()
         crc = zlib.crc32(f"{name} {weights.sum():.9e} {weights.abs().sum():.9e}".encode(), crc)
@@ -161,7 +158,7 @@ def train(
     The rest, and what is raised, is as in `encode_pairs` and `training.fit`.
     """
     config = config or DPOConfig()
-    limit = min(config.max_length, models.context_length(model) or config.max_length)
+    limit = models.fitting(model, config.max_length)
     folder = config.resume or output_dir
 
     def encoded(rows: Sequence[Row]) -> list[Pair]:

@@ -100,7 +100,7 @@ def train(
     What is raised, and the rest, is as in `encode_pairs` and `training.fit`.
     """
     config = config or ORPOConfig()
-    limit = min(config.max_length, models.context_length(model) or config.max_length)
+    limit = models.fitting(model, config.max_length)
     encode = partial(encode_pairs, max_length=limit, template=config.template)
     held = None if eval_rows is None else encode(eval_rows, tokenizer)
     collate = partial(pack_pairs, learn_prompts=config.nll == "all")

@@ -231,9 +231,8 @@ class RewardModel:
     @torch.no_grad()
     def _scores(self, examples: Sequence[Example]) -> list[float]:
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-        scorer, device = Scorer(self.network).eval(), self.network.device
-        dtype, found = models.autocast_dtype(self.network), []
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        scorer, device, found = Scorer(self.network).eval(), self.network.device, []
+        with models.autocast(self.network):
             for start in range(0, len(order), self.batch_size):
                 chosen = [examples[i] for i in order[start : start + self.batch_size]]
                 found.append(scorer(pack(chosen, packing=False).to(device)))
@@ -297,7 +296,7 @@ def train(
     config = config or RewardConfig()
     rendered = check(rows, tokenizer, config.template)
     network = model if hasattr(model, "score") else with_head(model, tokenizer, config.seed)
-    limit = min(config.max_length, models.context_length(network) or config.max_length)
+    limit = models.fitting(network, config.max_length)
     reward, scorer = RewardModel(network, tokenizer, config.template, limit), Scorer(network)
     if config.pairs == "one":
         draw = random.Random(config.seed)
