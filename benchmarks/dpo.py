@@ -4,13 +4,13 @@ For each seed an SFT model and rankings are made once and kept next to the resul
 `benchmarks/rlhf.py`: the embedded base after demonstrations, a third of them flawed, and 4-9
 responses that this model sampled to each prompt, ranked by an annotator who follows the gold judge,
 breaks ties at random, and errs with `noise`. Then every condition trains from there on the best and
-the worst response of each ranking: DPO at several betas, with an NLL term, and for five epochs. `SFT` trains no
-further, `chosen` goes on with SFT on the best responses.
+the worst response of each ranking: DPO at several betas, with an NLL term, and for five epochs.
+`SFT` trains no further, `chosen` goes on with SFT on the best responses.
 
 Each run keeps its history (loss, rewards, both log-probabilities), and of sampled responses to
 held-out prompts the gold score and its three parts, the KL to the SFT model per response, length,
-and a few texts. Learning rates are those of the best
-gold score on other prompts, at a seed of their own.
+and a few texts. Learning rates are those of the best gold score on other prompts, at a seed of
+their own.
 
     python benchmarks/dpo.py --json benchmarks/results/dpo.json
 """
@@ -26,10 +26,10 @@ import rlhf
 import sweep
 import torch
 
-from labkit import data, logprobs, models, pairs, training
+from labkit import data, logprobs, models, pairs
 from labkit.batching import pack
 from labkit.techniques import dpo
-from labkit.tinytown import demonstrations, preferences, rank_samples
+from labkit.tinytown import preferences
 
 Row = sweep.Row
 FIELDS = ("arm", "beta", "nll", "epochs")
@@ -46,14 +46,7 @@ def prepare(place: Path, seed: int, settings: Row) -> list[Row]:
     """The rankings of a seed, and its SFT model in `place`, made unless they are there."""
     done = place / "rankings.json"
     if not done.exists():
-        model, tokenizer = models.load("tinytown")
-        rows = demonstrations(settings["sft_rows"], settings["flawed"], seed=seed)
-        sft = {"learning_rate": 5e-4, "batch_size": 16, "seed": seed}
-        common.train(model, data.encode(rows, tokenizer, max_length=512), sft)
-        models.save(model, tokenizer, place / "sft")
-        rows = preferences.prompts(settings["rankings"], seed=1000 + seed)
-        samples = rlhf.sampled(model, tokenizer, rows, seed, each=9)
-        ranked = rank_samples(rows, samples, settings["noise"], seed)
+        ranked = rlhf.tuned_and_ranked(place, seed, settings)[2]
         done.write_text(json.dumps(ranked), "utf-8")
     return json.loads(done.read_text("utf-8"))
 
@@ -71,12 +64,9 @@ def measure(point: Row, folder: Path) -> Row:
         found = common.train(model, data.encode(rows, tokenizer), settings)
     elif point["arm"] == "dpo":
         config = dpo.DPOConfig(beta=point["beta"], nll=point["nll"], **settings)
-        encoded = pairs.encode_pairs(one_pair_each(ranked), tokenizer)
-        encoded = dpo.with_reference(encoded, model)
-        loss = partial(dpo.pair_loss, config=config)
-        fit = partial(training.fit, collate=pairs.pack_pairs, progress=False)
-        result = fit(model, encoded, loss, config)
-        found = common.results(result) | {"pairs": len(encoded)}
+        rows = one_pair_each(ranked)
+        result = dpo.train(model, tokenizer, rows, config, progress=False)
+        found = common.results(result) | {"pairs": len(rows)}
         history = [{k: round(entry[k], 4) for k in KEPT} for entry in result.history]
     first = models.load(str(place / "sft"))[0]
     found |= scores(model, first, tokenizer, preferences.prompts(point["test_prompts"], 5, "test"))

@@ -23,7 +23,6 @@ import os
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -36,9 +35,8 @@ import transformers
 import trl
 from trl.experimental import orpo as trl_orpo
 
-from labkit import models, record, templates, tinytown, training
+from labkit import models, record, templates, tinytown
 from labkit.batching import Shuffled
-from labkit.pairs import encode_pairs, pack_pairs
 from labkit.techniques import dpo, orpo, reward
 
 BATCH, WARM = 16, 5
@@ -47,6 +45,11 @@ TRL = {
     "reward": (trl.RewardTrainer, trl.RewardConfig),
     "dpo": (trl.DPOTrainer, trl.DPOConfig),
     "orpo": (trl_orpo.ORPOTrainer, trl_orpo.ORPOConfig),
+}
+LABKIT = {
+    "reward": (reward.train, reward.RewardConfig),
+    "dpo": (dpo.train, dpo.DPOConfig),
+    "orpo": (orpo.train, orpo.ORPOConfig),
 }
 COMMON = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 COMMON |= {"seed": 0, "num_train_epochs": 1, "logging_steps": 1, "weight_decay": 0.01}
@@ -90,18 +93,10 @@ def speed(times: list[float]) -> float:
 
 
 def labkit_run(method, model, tokenizer, rows):
-    settings = {"batch_size": BATCH, "learning_rate": LEARNING_RATE[method]}
-    if method == "reward":
-        config = reward.RewardConfig(**settings)
-        history = reward.train(model, tokenizer, rows, config, progress=False)[1].history
-    else:
-        module, kind = (dpo, dpo.DPOConfig) if method == "dpo" else (orpo, orpo.ORPOConfig)
-        config = kind(**settings)
-        pairs = encode_pairs(rows, tokenizer, max_length=256)
-        pairs = dpo.with_reference(pairs, model) if method == "dpo" else pairs
-        loss = partial(module.pair_loss, config=config)
-        fit = partial(training.fit, collate=pack_pairs, progress=False)
-        history = fit(model, pairs, loss, config).history
+    train, kind = LABKIT[method]
+    config = kind(batch_size=BATCH, learning_rate=LEARNING_RATE[method])
+    result = train(model, tokenizer, rows, config, progress=False)
+    history = (result[1] if method == "reward" else result).history
     return speed([entry["seconds"] for entry in history]), [entry["loss"] for entry in history]
 
 

@@ -51,14 +51,7 @@ def prepare(place: Path, seed: int, settings: Row) -> None:
     done, made_with = place / "settings.json", json.dumps(settings)
     if done.exists() and done.read_text("utf-8") == made_with:
         return
-    model, tokenizer = models.load("tinytown")
-    rows = demonstrations(settings["sft_rows"], settings["flawed"], seed=seed)
-    sft = {"learning_rate": 5e-4, "batch_size": 16, "seed": seed}
-    common.train(model, data.encode(rows, tokenizer, max_length=512), sft)
-    models.save(model, tokenizer, place / "sft")
-    rows = preferences.prompts(settings["rankings"], seed=1000 + seed)
-    samples = sampled(model, tokenizer, rows, seed, each=9)
-    rankings = rank_samples(rows, samples, settings["noise"], seed)
+    model, tokenizer, rankings = tuned_and_ranked(place, seed, settings)
     config = reward.RewardConfig(learning_rate=settings["reward_rate"], seed=seed)
     learned, _ = reward.train(model, tokenizer, rankings, config, progress=False)
     untrained = reward.RewardModel(reward.with_head(model, tokenizer, seed), tokenizer)
@@ -67,6 +60,18 @@ def prepare(place: Path, seed: int, settings: Row) -> None:
     for name, found in (("reward", learned), ("untrained", untrained)):
         found.normalized([row["prompt"] for row in rows], texts).save(place / name)
     done.write_text(made_with, "utf-8")
+
+
+def tuned_and_ranked(place: Path, seed: int, settings: Row) -> tuple[Any, Any, list[Row]]:
+    """The seed's SFT model, saved in `place`, its tokenizer, and rankings of its samples."""
+    model, tokenizer = models.load("tinytown")
+    rows = demonstrations(settings["sft_rows"], settings["flawed"], seed=seed)
+    sft = {"learning_rate": 5e-4, "batch_size": 16, "seed": seed}
+    common.train(model, data.encode(rows, tokenizer, max_length=512), sft)
+    models.save(model, tokenizer, place / "sft")
+    rows = preferences.prompts(settings["rankings"], seed=1000 + seed)
+    samples = sampled(model, tokenizer, rows, seed, each=9)
+    return model, tokenizer, rank_samples(rows, samples, settings["noise"], seed)
 
 
 def sampled(model: Any, tokenizer: Any, rows: list[Row], seed: int, each: int = 1) -> list:
