@@ -117,8 +117,8 @@ def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
             (shown[label],) = axes.plot(x, mean, color=colours[label])
             low, high = ([m + k * s for m, s in zip(mean, std, strict=True)] for k in (-1, 1))
             axes.fill_between(x, low, high, color=colours[label], alpha=0.15, linewidth=0)
-    if any(names):
-        figure.legend([shown[n] for n in names], names, loc="outside lower center", ncols=5)
+    if named := [name for name in names if name]:
+        figure.legend([shown[n] for n in named], named, loc="outside lower center", ncols=5)
     return figure
 
 
