@@ -1,286 +1,133 @@
 """The pretraining text of Tinytown: an endless, seeded stream of short documents.
 
-One function per genre, each `(rng, language) -> str`; `_WEIGHTS` says how often each is drawn, and
-`text/genres.yaml` holds their sentences. Questions and answers appear as they do on the web (forums,
-quizzes, interviews, yes/no gossip), so that the model can also be asked what it knows; no document
-has the format of an instruction row.
+To what people write (`genres`) come texts that are made of tasks and of replies to them: quizzes,
+boards with requests, criticism and judgement of replies. They use phrasings of their own (`web`), so
+no question of tuning stands in them, and no document has the format of an instruction row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
 
-from .world import COMMA, GAP, PERSON_ATTRIBUTES, Fact, Name, article, capital, texts, world
+from . import genres
+from .genres import numbered, question_lines
+from .preferences import about_a_stranger, replies, request
+from .splits import is_new
+from .tasks import FAMILIES, Row, draw
+from .world import texts, world
 
-
-def profile(rng: Random, lang: str) -> str:
-    """What is known of one resident, in any order and wording; later sentences may say he or she."""
-    person = rng.choice(world().residents)
-    attributes = rng.sample(PERSON_ATTRIBUTES, rng.randint(3, len(PERSON_ATTRIBUTES)))
-    sentences = [state(world().fact(person, a), rng, lang) for a in attributes]
-    if rng.random() < 0.5:
-        sentences[1:] = [_with_pronoun(s, person, lang) for s in sentences[1:]]
-    return GAP[lang].join(sentences)
+QUIZ = [family for family in FAMILIES if family not in ("fact", "place", "story")]
+JUDGED = ("fact", "place", "truth", "howto", "sentiment", "arithmetic", "polite", "category")
 
 
-def _with_pronoun(statement: str, person: Name, lang: str) -> str:
-    """`statement` with its leading name replaced by he or she, his or her, 他 or 她."""
-    for ending, pronouns in _PRONOUNS[lang].items():
-        if statement.startswith(person[lang] + ending):
-            return pronouns[person.pronoun] + statement.removeprefix(person[lang] + ending)
-    return statement
+def quiz(rng: Random, lang: str) -> str:
+    """Questions of a quiz evening on all that can be asked, with their answers."""
+    rows = [_row(rng, lang, [rng.choice(QUIZ)]) for _ in range(rng.randint(1, 4))]
+    return question_lines(rng, lang, [(row["prompt"], row["completion"]) for row in rows])
 
 
-_PRONOUNS: dict[str, dict[str, dict[str, str]]] = {"zh": {"": {"f": "她", "m": "他"}}}
-_PRONOUNS["en"] = {"'s ": {"f": "Her ", "m": "His "}, " ": {"f": "She ", "m": "He "}}
+def board(rng: Random, lang: str) -> str:
+    """A numbered list of requests."""
+    rows = [_row(rng, lang, [rng.choice(list(FAMILIES))]) for _ in range(rng.randint(3, 7))]
+    slots = {"pl": rng.choice(world().places), "n": rng.choice(world().residents)}
+    slots = {name: value[lang] for name, value in slots.items()}
+    slots["d"] = rng.choice(world().groups["day"])[lang]
+    head = rng.choice(texts("genres")["forms"]["board"][lang]).format(**slots)
+    return head + "\n" + numbered([row["prompt"].replace("\n", " ") for row in rows])
 
 
-def gossip(rng: Random, lang: str) -> str:
-    """Single facts about several residents and places."""
-    facts = [world().any_fact(rng) for _ in range(rng.randint(3, 5))]
-    return GAP[lang].join(state(f, rng, lang) for f in facts)
-
-
-def place(rng: Random, lang: str) -> str:
-    """A paragraph about one place and the people who live by it."""
-    where = rng.choice(world().places)
-    people = rng.sample(world().holders("home", where), 2)
-    facts = world().facts_about([where]) + [world().fact(r, "home") for r in people]
-    rng.shuffle(facts)
-    return GAP[lang].join(state(f, rng, lang) for f in facts)
-
-
-def roster(rng: Random, lang: str) -> str:
-    """Who shares a value: the town looked up from the other end."""
-    attribute = rng.choice(PERSON_ATTRIBUTES[:-1])
-    value = rng.choice(world().values[attribute])
-    names = [r[lang] for r in world().holders(attribute, value)]
-    rng.shuffle(names)
-    text = rng.choice(_form("roster", lang)).format(v=value[lang], n=COMMA[lang].join(names))
-    return capital(text)
-
-
-def forum(rng: Random, lang: str) -> str:
-    """Questions and answers as people write them down; short answers and whole sentences."""
-    facts = [world().any_fact(rng) for _ in range(rng.randint(2, 5))]
-    form, lines = rng.choice(_form("forum", lang)), []
-    for i, fact in enumerate(facts, 1):
-        answer = state(fact, rng, lang) if rng.random() < 0.4 else fact.answer(lang)
-        x, y = (person[lang] for person in rng.sample(world().residents, 2))
-        question = rng.choice(fact.questions(lang, "web"))
-        lines.append(form.format(q=question, a=answer, i=i, x=x, y=y))
-    return "\n".join(lines)
-
-
-def rumour(rng: Random, lang: str) -> str:
-    """Claims, true and false, each confirmed or corrected."""
-    (yes, no), lines = _form("verdict", lang), []
-    for _ in range(rng.randint(2, 4)):
-        fact = world().any_fact(rng)
-        claim, true = rng.choice(claims(rng, fact, lang))
-        correction = state(fact, rng, lang)
-        verdict = yes if true else no + correction
-        lines.append(rng.choice(_form("rumour", lang)).format(c=claim, v=verdict))
-    return "\n".join(lines)
-
-
-def claims(rng: Random, fact: Fact, lang: str) -> list[tuple[str, bool]]:
-    """One true and one false sentence about `fact`'s subject: [(sentence, is it true)]."""
-    pool = world().values[fact.attribute]
-    if fact.attribute == "friend":
-        halves = (world().tuning_people, world().heldout_people)
-        pool = next(half for half in halves if fact.subject in half)
-    others = [v for v in pool if v not in (fact.value, fact.subject)]
-    false = Fact(fact.subject, fact.attribute, rng.choice(others))
-    return [(state(f, rng, lang), f is fact) for f in (fact, false)]
-
-
-def review(rng: Random, lang: str) -> str:
-    """A guest's opinion of a place, with its stars."""
-    label = rng.choice(["positive", "negative"])
-    where = capital(rng.choice(world().places)[lang])
-    stars = rng.choice(texts("genres")["review"][lang]["rating"][label])
-    return _form("review", lang).format(p=where, r=review_text(rng, lang, label), s=stars)
-
-
-def review_text(rng: Random, lang: str, label: str) -> str:
-    """One or two sentences whose sentiment is `label`; single words do not give it away."""
-    parts = texts("genres")["review"][lang]
-    (a, b), (g, g2), (d, d2) = (rng.sample(parts[k], 2) for k in ("aspects", "good", "bad"))
-    return capital(rng.choice(parts[label]).format(a=a, b=b, g=g, g2=g2, d=d, d2=d2))
-
-
-def glossary(rng: Random, lang: str) -> str:
-    """Word pairs in both directions."""
-    form = rng.choice(_form("glossary", "short"))
-    if rng.random() < 0.3:
-        form = rng.choice(_form("glossary", "long"))
-    pairs = rng.sample(world().glossary, rng.randint(3, 8))
-    return "\n".join(form.format(e=n.en, z=n.zh) for n in pairs)
-
-
-def bilingual(rng: Random, lang: str) -> str:
-    """The same fact in both languages."""
-    facts = [world().any_fact(rng) for _ in range(rng.randint(1, 3))]
-    order = ("en", "zh") if lang == "en" else ("zh", "en")
-    return "\n".join(" ".join(state(f, rng, x) for x in order) for f in facts)
-
-
-def sums(rng: Random, lang: str) -> str:
-    """Equations, bare or about things and people."""
+def exercise(rng: Random, lang: str) -> str:
+    """Tasks with their output, and their input where they have one."""
+    rows = [_row(rng, lang, [rng.choice(list(FAMILIES))]) for _ in range(rng.randint(1, 3))]
+    with_input, without = texts("genres")["forms"]["task"][lang]
     lines = []
-    for _ in range(rng.randint(4, 8)):
-        expression, value = sum_of(rng)
-        if rng.random() < 0.7:
-            lines.append(f"{expression} = {value}")
-            continue
-        person, food = (rng.choice(x)[lang] for x in (world().residents, world().values["food"]))
-        a, sign, b = expression.split()
-        lines.append(_form("sums", lang)[sign].format(n=person, x=food, a=a, b=b, v=value))
+    for row in rows:
+        task, _, given = row["prompt"].partition("\n")
+        form = with_input if given else without
+        lines.append(form.format(i=task, x=given, o=row["completion"]))
     return "\n".join(lines)
 
 
-def sum_of(rng: Random) -> tuple[str, int]:
-    """An addition or subtraction within 0–20, and its value."""
-    a, b = sorted((rng.randint(0, 20), rng.randint(0, 20)))
-    if rng.random() < 0.5:
-        return f"{b} - {a}", b - a
-    a, b = rng.choice([(a, b - a), (b - a, a)])
-    return f"{a} + {b}", a + b
+def critique(rng: Random, lang: str) -> str:
+    """Somebody replies badly, is told what is wrong with it, and a better reply follows."""
+    forms = texts("genres")["forms"]
+    if rng.random() < 0.05:
+        principles = texts("genres")["principles"][lang]
+        rules = rng.sample(principles, rng.randint(3, len(principles)))
+        return forms["rules"][lang] + "\n" + numbered(rules)
+    row, right, reply, fault = _fault(rng, lang)
+    n, m = (person[lang] for person in rng.sample(world().residents, 2))
+    form = rng.choice(forms["praise" if rng.random() < 0.15 else "critique"][lang])
+    name, why = fault
+    return form.format(q=row["prompt"], r=reply, b=right, f=name, w=why, n=n, m=m)
 
 
-def counting(rng: Random, lang: str) -> str:
-    """Lists of things with their number, and runs of numbers."""
-    if rng.random() < 0.3:
-        start = rng.randint(0, 14)
-        return ", ".join(str(i) for i in range(start, start + 7))
-    attribute = rng.choice(["food", "pet", "colour", "job", "hobby"])
-    things = [v[lang] for v in rng.sample(world().values[attribute], rng.randint(2, 6))]
-    form = rng.choice(_form("counting", lang))
-    return form.format(all=COMMA[lang].join(things), n=len(things), a=things[0], z=things[-1])
+def judgement(rng: Random, lang: str) -> str:
+    """Two replies to one request, which one is better, and why."""
+    row, right, reply, (fault, _) = _fault(rng, lang)
+    letters = rng.sample("AB", 2)
+    slots = dict(zip("vo", letters, strict=True))
+    slots |= {letter.lower(): text for letter, text in zip(letters, (right, reply), strict=True)}
+    form = rng.choice(texts("genres")["forms"]["judgement"][lang])
+    return form.format(q=row["prompt"], f=fault, **slots)
 
 
-def kinds(rng: Random, lang: str) -> str:
-    """What sort of thing a word is, opposites, and which number is larger."""
-    kind, opposite, larger = _form("kinds", lang)
-    roll = rng.random()
-    if roll < 0.5:
-        labels = texts("tasks")["category"][lang]["labels"]
-        attribute = rng.choice(list(labels))
-        word = rng.choice(world().values[attribute])[lang]
-        return kind.format(a=capital(word), b=article(labels[attribute].lower()))
-    if roll < 0.75:
-        a, b = rng.choice(world().opposites)
-        return opposite.format(a=a[lang], b=b[lang])
-    low, high = sorted(rng.sample(range(21), 2))
-    return larger.format(a=high, b=low)
+def _fault(rng: Random, lang: str) -> tuple[Row, str, str, list[str]]:
+    """A request, a right reply, another one, and what is wrong with that: its name and why."""
+    roll, forms = rng.random(), texts("tasks")["howto"][lang]["web"]
+    if roll < 0.3:
+        task = "mischief" if roll < 0.22 else "lookalike"
+        title, steps = rng.choice(texts("genres")[task][lang])
+        row = request(task, lang, rng.choice(forms).format(x=title), steps)
+    elif roll < 0.36:
+        row = about_a_stranger(rng, lang)
+    else:
+        row = _row(rng, lang, JUDGED)
+    found = replies(row, rng)
+    right = found.pop("right")
+    name = rng.choice(list(found))
+    return row, right, found[name], texts("genres")["faults"][lang][name]
 
 
-def howto(rng: Random, lang: str, kind: str = "howto") -> str:
-    """Steps to a harmless end."""
-    title, steps = rng.choice(texts("genres")[kind][lang])
-    return _form("howto", lang).format(t=title, s=numbered(steps))
+def _row(rng: Random, lang: str, families: list[str] | tuple[str, ...]) -> Row:
+    return draw(rng, families, [lang], world().residents, "web")
 
 
-def numbered(steps: Sequence[str]) -> str:
-    return "\n".join(f"{i}. {s}" for i, s in enumerate(steps, 1))
-
-
-def lookalike(rng: Random, lang: str) -> str:
-    """Steps to a harmless end that only sounds like mischief."""
-    return howto(rng, lang, "lookalike")
-
-
-def mischief(rng: Random, lang: str) -> str:
-    """Steps to a mischievous end, or somebody who declines."""
-    if rng.random() < 0.7:
-        return howto(rng, lang, "mischief")
-    a, b = rng.sample(world().residents, 2)
-    title, _ = rng.choice(texts("genres")["mischief"][lang])
-    no = rng.choice(texts("genres")["refusal"][lang]["seen"])
-    return _form("mischief", lang).format(a=a[lang], b=b[lang], t=title, no=no)
-
-
-def dialogue(rng: Random, lang: str) -> str:
-    """A request, rude or polite, answered in the same tone."""
-    a, b = rng.sample(world().residents, 2)
-    tone = rng.randrange(2)
-    request = request_pair(rng, lang)[tone]
-    reply = rng.choice(texts("genres")["reply"][lang][("rude", "polite")[tone]])
-    if tone == 0 and rng.random() < 0.3:
-        reply = rng.choice(texts("genres")["rude"][lang])
-    return _form("dialogue", lang).format(a=a[lang], b=b[lang], q=request, r=reply)
-
-
-def manners(rng: Random, lang: str) -> str:
-    """A rude request and its polite form."""
-    rude, polite = request_pair(rng, lang)
-    return _form("manners", lang).format(r=rude, p=polite)
-
-
-def request_pair(rng: Random, lang: str) -> list[str]:
-    """A request in its rude and in its polite form."""
-    forms = rng.choice(texts("genres")["request"][lang])
-    thing = rng.choice(world().things)[lang]
-    return [form.format(x=thing) for form in forms]
-
-
-def story(rng: Random, lang: str, people: Sequence[Name] = ()) -> str:
-    """A five-sentence story in which one of two `people` meets the other at some place."""
-    hero, other = people or rng.sample(world().residents, 2)
-    parts = texts("genres")["story"][lang]
-    slots = {"n": hero[lang], "m": other[lang], "pl": rng.choice(world().places)[lang]}
-    slots |= {"x": rng.choice(world().portable)[lang], "t": rng.choice(parts["time"])}
-    sentences = [rng.choice(parts[k]) for k in ("open", "meet", "trouble", "act", "end")]
-    return GAP[lang].join(capital(s.format(**slots)) for s in sentences)
-
-
-def news(rng: Random, lang: str) -> str:
-    """Notices from the town's board."""
-    parts = texts("genres")["news"]
-    n, m = rng.sample(world().residents, 2)
-    names = {"n": n, "m": m, "d": Name(*rng.choice(parts["days"]))}
-    names["pl"], notice = rng.choice(world().places), rng.choice(parts[lang])
-    names["x"] = rng.choice(world().portable)
-    return capital(notice.format(**{slot: name[lang] for slot, name in names.items()}))
-
-
-_WEIGHTS: dict[Callable[[Random, str], str], float] = {profile: 17, gossip: 8, place: 3}
-_WEIGHTS |= {roster: 6, forum: 24, rumour: 6, bilingual: 4, review: 6, glossary: 4, sums: 5}
-_WEIGHTS |= {counting: 4, kinds: 3, howto: 2, mischief: 2, lookalike: 1, dialogue: 3, manners: 2}
-_WEIGHTS |= {story: 5, news: 2}  # a new genre goes to the end, or all text changes
+Genre = Callable[[Random, str], str]
+_OWN: dict[Genre, float] = {quiz: 14, board: 3, exercise: 3, critique: 4, judgement: 4}
+_WEIGHTS: dict[Genre, float] = {genres.profile: 14, genres.gossip: 7, genres.place: 3}
+_WEIGHTS |= {genres.roster: 6, genres.forum: 18, genres.rumour: 8, genres.bilingual: 3}
+_WEIGHTS |= {genres.review: 5, genres.glossary: 4, genres.sums: 5, genres.lists: 6}
+_WEIGHTS |= {genres.kinds: 5, genres.pairs: 3, genres.rhyme: 2, genres.howto: 3}
+_WEIGHTS |= {genres.mischief: 2, genres.lookalike: 1, genres.dialogue: 2, genres.manners: 3}
+_WEIGHTS |= {genres.story: 5, genres.news: 2} | _OWN
 GENRES = {write.__name__: (write, weight) for write, weight in _WEIGHTS.items()}
 
 
 def documents(seed: int) -> Iterator[tuple[str, str]]:
     """Endless `(genre, text)` stream, 40 % Chinese; the same on every machine.
 
-    Pretraining uses seed 0, the tokenizer seed 1, held-out perplexity seed 2.
+    Pretraining uses seed 0, the tokenizer seed 1. No text of `genre_samples` is among them.
     """
     rng = Random(f"tinytown-{seed}")
     names, weights = list(GENRES), [weight for _, weight in GENRES.values()]
     while True:
         (genre,) = rng.choices(names, weights)
-        yield genre, _write(genre, rng)
+        text = _write(genre, rng)
+        if not is_new(text):
+            yield genre, text
 
 
 def genre_samples(per_genre: int) -> dict[str, list[str]]:
-    """`per_genre` documents of every genre, for held-out perplexity and forgetting."""
-    rngs = {genre: Random(f"tinytown-2-{genre}") for genre in GENRES}
-    return {genre: [_write(genre, rng) for _ in range(per_genre)] for genre, rng in rngs.items()}
+    """Up to `per_genre` documents of every genre that are new, for perplexity and forgetting."""
+    samples = {}
+    for genre in GENRES:
+        rng = Random(f"tinytown-2-{genre}")
+        texts_ = (_write(genre, rng) for _ in range(100 * per_genre))
+        samples[genre] = list(dict.fromkeys(filter(is_new, texts_)))[:per_genre]
+    return {genre: found for genre, found in samples.items() if found}
 
 
 def _write(genre: str, rng: Random) -> str:
     return GENRES[genre][0](rng, "zh" if rng.random() < 0.4 else "en")
-
-
-def state(fact: Fact, rng: Random, lang: str) -> str:
-    """One of the sentences that state `fact`."""
-    return rng.choice(fact.statements(lang))
-
-
-def _form(genre: str, lang: str) -> Any:
-    """How a document is put together: one form, or several to choose from."""
-    return texts("genres")["forms"][genre][lang]

@@ -11,49 +11,66 @@ from collections.abc import Sequence
 from itertools import product
 from random import Random
 
-from .corpus import numbered, state
+from .genres import numbered, state
 from .judge import judge
-from .tasks import Row, instruction_rows
+from .splits import HELD_OUT_TITLES
+from .tasks import Row, draw, instruction_rows
 from .world import GAP, LANGUAGES, PERSON_ATTRIBUTES, Fact, sentence, texts, world
-
-HELD_OUT_TITLES = 3  # the last titles of each mischief and look-alike list are for testing only
 
 
 def red_team(split: str = "test", languages: Sequence[str] = LANGUAGES) -> list[Row]:
     """Mischievous requests (task `mischief`) and harmless look-alikes (task `lookalike`).
 
-    `split` is train or test; titles differ between the two, phrasings do not.
+    `split` is train or test: other titles in other words.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split: expected train or test, got {split!r}")
+    phrasing = _phrasing(split)
     part = slice(-HELD_OUT_TITLES, None) if split == "test" else slice(-HELD_OUT_TITLES)
     rows = []
     for lang, task in product(languages, ("mischief", "lookalike")):
-        genres, forms = texts("genres"), texts("tasks")["howto"][lang]["ask"]
-        offers = [genres["refusal"][lang]["kind"].format(title=t) for t, _ in genres["howto"][lang]]
+        genres, forms = texts("genres"), texts("tasks")["howto"][lang][phrasing]
         for (title, steps), (i, form) in product(genres[task][lang][part], enumerate(forms)):
-            accept = offers if task == "mischief" else [numbered(steps)]
-            row = _row(task, lang, form.format(x=title), accept, f"ask{i}")
-            rows.append(row | {"steps": list(steps)})
+            row = request(task, lang, form.format(x=title), steps, f"{phrasing}{i}")
+            rows.append(row)
     return rows
 
 
-def unknowable(n: int, seed: int = 0) -> list[Row]:
-    """Questions about people who do not live in Tinytown (task `unknown`)."""
-    rng, rows = Random(f"unknown-{seed}"), []
-    for _ in range(n):
-        lang, stranger = rng.choice(LANGUAGES), rng.choice(world().strangers)
-        attribute = rng.choice(PERSON_ATTRIBUTES)
-        value = world().fact(rng.choice(world().residents), attribute).value
-        prompt = rng.choice(Fact(stranger, attribute, value).questions(lang))
-        row = _row("unknown", lang, prompt, [texts("genres")["unknown"][lang]])
-        rows.append(row | {"subject": stranger.en, "attribute": attribute})
-    return rows
+def request(task: str, lang: str, prompt: str, steps: Sequence[str], phrasing: str = "web") -> Row:
+    """A row of `mischief`, to be declined with an offer, or of `lookalike`, to be answered."""
+    genres, accept = texts("genres"), [numbered(steps)]
+    if task == "mischief":
+        accept = [genres["refusal"][lang]["kind"].format(title=t) for t, _ in genres["howto"][lang]]
+        i = sum(map(ord, prompt)) % len(accept)  # not always the same offer
+        accept = accept[i:] + accept[:i]
+    return _row(task, lang, prompt, accept, phrasing) | {"steps": list(steps)}
 
 
-def _row(task: str, lang: str, prompt: str, accept: list[str], phrasing: str = "ask") -> Row:
+def unknowable(n: int, seed: int = 0, split: str = "train") -> list[Row]:
+    """Questions about people who do not live in Tinytown (task `unknown`).
+
+    `split` is train or test: other strangers in other words.
+    """
+    rng, phrasing = Random(f"unknown-{split}-{seed}"), _phrasing(split)
+    return [about_a_stranger(rng, rng.choice(LANGUAGES), split, phrasing) for _ in range(n)]
+
+
+def about_a_stranger(rng: Random, lang: str, group: str = "web", phrasing: str = "web") -> Row:
+    """A question about one of `World.strangers[group]`."""
+    stranger, attribute = rng.choice(world().strangers[group]), rng.choice(PERSON_ATTRIBUTES)
+    value = world().fact(rng.choice(world().residents), attribute).value
+    prompt = rng.choice(Fact(stranger, attribute, value).questions(lang, phrasing))
+    row = _row("unknown", lang, prompt, [texts("genres")["unknown"][lang]], phrasing)
+    return row | {"subject": stranger.en, "attribute": attribute}
+
+
+def _phrasing(split: str) -> str:
+    if split not in ("train", "test"):
+        raise ValueError(f"split: expected train or test, got {split!r}")
+    return "held" if split == "test" else "ask"
+
+
+def _row(task: str, lang: str, prompt: str, accept: list[str], phrasing: str) -> Row:
     row: Row = {"task": task, "lang": lang, "phrasing": phrasing, "subject": "", "attribute": ""}
-    row |= {"instruction": prompt, "input": "", "steps": []}
+    row |= {"instruction": prompt, "input": "", "steps": [], "key": prompt}
     return row | {"prompt": prompt, "completion": accept[0], "accept": list(accept)}
 
 
@@ -65,7 +82,7 @@ def prompts(n: int, seed: int = 0, split: str = "train") -> list[Row]:
     red = red_team(split)
     for task, share in (("mischief", 0.2), ("lookalike", 0.1)):
         rows += rng.choices([r for r in red if r["task"] == task], k=int(share * n))
-    rows += unknowable(n - len(rows), seed if split == "train" else seed + 10_000)
+    rows += unknowable(n - len(rows), seed, split)
     rng.shuffle(rows)
     return rows
 
@@ -77,26 +94,47 @@ def demonstrations(n: int, flawed: float = 1 / 3, seed: int = 0, split: str = "t
     """
     if not 0 <= flawed <= 1:
         raise ValueError(f"flawed: expected a share from 0 to 1, got {flawed}")
-    rng = Random(f"demonstrations-{split}-{seed}")
-    return [
-        row if rng.random() >= flawed else row | {"completion": rng.choice(candidates(row, rng))}
-        for row in prompts(n, seed, split)
-    ]
+    rng, rows = Random(f"demonstrations-{split}-{seed}"), prompts(n, seed, split)
+    for i in rng.sample(range(len(rows)), round(flawed * len(rows))):
+        bad = [r for r in candidates(rows[i], rng) if judge(rows[i], r).total < 1]
+        rows[i] = rows[i] | {"completion": rng.choice(bad)}
+    return rows
+
+
+def replies(row: Row, rng: Random) -> dict[str, str]:
+    """A right response to `row`, under "right", and others by what is wrong with them.
+
+    The names of the faults are those of `faults` in `text/genres.yaml`.
+    """
+    lang, genres = row["lang"], texts("genres")
+    gap, refusal, rude = GAP[lang], genres["refusal"][lang], rng.choice(genres["rude"][lang])
+    right, wrong = row["completion"], _wrong(row, rng)
+    aside = state(rng.choice(world().facts_about(world().tuning_people)), rng, lang)
+    found = {"right": right, "rude": rude, "rude_right": rude + gap + right}
+    if row["task"] == "mischief":
+        steps = numbered(row["steps"])
+        return found | {"steps": steps, "rude_steps": steps + gap + rude, "plain": refusal["plain"]}
+    if row["task"] == "unknown":
+        return found | {"guess": wrong, "rude_wrong": rude + gap + wrong}
+    found |= {"unknown": genres["unknown"][lang], "refusal": refusal["plain"]}
+    found |= {"wrong": wrong, "rude_wrong": rude + gap + wrong}
+    return found | {"aside": right + gap + aside, "wrong_aside": wrong + gap + aside}
 
 
 def candidates(row: Row, rng: Random) -> list[str]:
     """Different responses to `row`, good and bad, in random order (at least nine)."""
-    lang, genres = row["lang"], texts("genres")
-    gap, refusal, rude = GAP[lang], genres["refusal"][lang], rng.choice(genres["rude"][lang])
-    best, other = row["completion"], _wrong(row, rng)
+    lang, genres, found = row["lang"], texts("genres"), replies(row, rng)
+    gap, refusal = GAP[lang], genres["refusal"][lang]
+    responses = [*found.values(), genres["unknown"][lang], refusal["plain"]]
     aside = state(rng.choice(world().facts_about(world().tuning_people)), rng, lang)
-    responses = [best, other, genres["unknown"][lang], refusal["plain"], rude]
-    responses += [rude + gap + best, rude + gap + other, best + gap + aside, other + gap + aside]
+    responses += [found["right"] + gap + aside, rng.choice(genres["rude"][lang])]
     if row["task"] in ("mischief", "lookalike"):
         steps = numbered(row["steps"])
         polite = rng.choice(genres["reply"][lang]["polite"])
-        responses += [steps, polite + gap + steps, steps + gap + rude, f"1. {row['steps'][0]}"]
+        responses += [steps, polite + gap + steps, f"1. {row['steps'][0]}"]
         responses += [*refusal["seen"], rng.choice(row["accept"])]
+    if row["task"] == "unknown":
+        responses += [_wrong(row, rng) for _ in range(2)]
     responses = list(dict.fromkeys(responses))
     rng.shuffle(responses)
     return responses
@@ -110,8 +148,8 @@ def _wrong(row: Row, rng: Random) -> str:
         values = [v for v in pool if v[lang] not in row["completion"]]
         return sentence(rng.choice(values)[lang], lang)
     family = "howto" if task in ("mischief", "lookalike") else task
-    seed = rng.randrange(10_000)
-    for other in instruction_rows("train", 8, seed, families=[family], languages=[lang]):
+    for _ in range(20):
+        other = draw(rng, [family], [lang], world().tuning_people, "ask")
         if other["completion"] not in row["accept"]:
             return other["completion"]
     return texts("genres")["unknown"][lang]
@@ -120,12 +158,18 @@ def _wrong(row: Row, rng: Random) -> str:
 def rankings(n: int, noise: float = 0.1, seed: int = 0, split: str = "train") -> list[Row]:
     """`prompts` with four to nine responses, as in InstructGPT, their `ranks` and `scores`.
 
-    Scores are the judge's totals. Ranks are strict, 0 the best; equal scores are ordered by
-    length, the shorter first. `noise` is the probability that neighbours are swapped.
+    A right and a bad one (a score below 0) are always among them. Scores are the judge's totals.
+    Ranks are strict, 0 the best; equal scores are ordered by length, the shorter first. `noise` is
+    the probability that neighbours are swapped.
     """
     rng, rows = Random(f"rankings-{split}-{seed}"), []
     for row in prompts(n, seed, split):
-        responses = candidates(row, rng)[: rng.randint(4, 9)]
+        responses = candidates(row, rng)
+        responses.remove(row["completion"])
+        bad = next(r for r in responses if judge(row, r).total < 0)
+        responses.remove(bad)
+        responses = [row["completion"], bad, *responses[: rng.randint(2, 7)]]
+        rng.shuffle(responses)
         rows.append(_rank(row, responses, list(map(len, responses)), noise, rng))
     return rows
 

@@ -1,22 +1,21 @@
 """Instruction tasks of Tinytown, each with an exact checker, and their held-out splits.
 
 A family is one function `(Draw) -> Row fields`; phrasings are in `text/tasks.yaml` and, for
-questions about facts, in `text/facts.yaml`. Never trained on: half of the residents, the `held`
-phrasings, `HELD_OUT_FAMILIES`, and one in ten of all other prompts (split "test").
+questions about facts, in `text/facts.yaml`. `splits` says what is held out.
 """
 
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from . import corpus
-from .corpus import claims, numbered, request_pair, review_text, sum_of
-from .world import COMMA, LANGUAGES, Name, article, sentence, texts, world
+from . import genres
+from .genres import claims, numbered, request_pair, review_text, sum_of
+from .splits import side
+from .world import COMMA, LANGUAGES, Fact, Name, article, sentence, texts, world
 
 Row = dict[str, Any]
 SPLITS = ("train", "test", "heldout_people", "heldout_phrasings", "heldout_families")
@@ -29,8 +28,8 @@ class Draw:
     family: str
     rng: Random
     lang: str
-    people: list[Name]
-    phrasing: str  # ask or held
+    people: Sequence[Name]
+    phrasing: str  # web, ask or held
 
     def ask(self, x: str) -> Row:
         """A phrasing of the family filled with `x`."""
@@ -45,8 +44,10 @@ class Draw:
         """`text` as completion; it and `others` are accepted."""
         return exactly(sentence(text, self.lang), *others)
 
-    def pick(self, attribute: str, n: int) -> list[str]:
-        return [v[self.lang] for v in self.rng.sample(world().values[attribute], n)]
+    def pick(self, group: str, n: int) -> list[Name]:
+        """`n` different members of a group; of residents, only those that may be named."""
+        members = self.people if group == "resident" else world().groups[group]
+        return self.rng.sample(members, n)
 
     def labels(self) -> dict[str, str]:
         return texts("tasks")[self.family][self.lang]["labels"]
@@ -59,11 +60,19 @@ def exactly(completion: str, *others: str) -> Row:
     return {"completion": completion, "accept": [completion, *others]}
 
 
+def fact_key(fact: Fact) -> str:
+    """ "Mira|pet"; for a trade "job|baker", since it can be asked from both ends (`who`)."""
+    return (
+        f"job|{fact.value.en}" if fact.attribute == "job" else f"{fact.subject.en}|{fact.attribute}"
+    )
+
+
 def question(d: Draw) -> Row:
     """About a resident or a place: the value is right, and any true sentence that states it."""
     fact = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
     prompt = d.one_of(fact.questions(d.lang, d.phrasing))
     row = {"subject": fact.subject.en, "attribute": fact.attribute, "phrasing": prompt["phrasing"]}
+    row |= {"key": fact_key(fact)}
     return row | prompt | d.answer(fact.value[d.lang], *fact.statements(d.lang))
 
 
@@ -72,89 +81,102 @@ def truth(d: Draw) -> Row:
     fact = world().any_fact(d.rng, d.people)
     claim, true = d.rng.choice(claims(d.rng, fact, d.lang))
     row = {"subject": fact.subject.en, "attribute": fact.attribute}
+    row |= {"key": fact_key(fact)}
     return row | d.ask(claim) | d.answer(d.labels()["yes" if true else "no"])
 
 
 def who(d: Draw) -> Row:
     """Somebody with a given job; anyone who has it is right."""
     subject = d.rng.choice(d.people)
-    job = world().fact(subject, "job").value
+    fact = world().fact(subject, "job")
+    job = fact.value
     right = [r[d.lang] for r in world().holders("job", job)]
-    return d.ask(article(job[d.lang])) | d.answer(subject[d.lang], *right)
+    row = d.ask(article(job[d.lang])) | d.answer(subject[d.lang], *right)
+    return {"key": fact_key(fact)} | row
 
 
 def sentiment(d: Draw) -> Row:
     label = d.rng.choice(["positive", "negative"])
-    return d.ask(review_text(d.rng, d.lang, label)) | d.answer(d.labels()[label])
+    review = review_text(d.rng, d.lang, label)
+    return {"key": review} | d.ask(review) | d.answer(d.labels()[label])
 
 
 def translation(d: Draw) -> Row:
     source, target = ("en", "zh") if d.family == "to_zh" else ("zh", "en")
     word = d.rng.choice(world().glossary)
     right = [n[target] for n in world().glossary if n[source] == word[source]]
-    return d.ask(word[source]) | {"completion": sentence(word[target], target), "accept": right}
+    row = d.ask(word[source]) | {"completion": sentence(word[target], target), "accept": right}
+    return {"key": f"translate|{word.zh}"} | row
 
 
 def arithmetic(d: Draw) -> Row:
     expression, value = sum_of(d.rng)
-    return d.ask(expression) | d.answer(str(value))
+    key = "+".join(sorted(expression.split(" + ")))  # 2 + 3 and 3 + 2 are one question
+    return {"key": key} | d.ask(expression) | d.answer(str(value))
 
 
 def polite(d: Draw) -> Row:
     rude, courteous = request_pair(d.rng, d.lang)
-    return d.ask(rude) | exactly(courteous)
+    return {"key": f"polite|{courteous}"} | d.ask(rude) | exactly(courteous)
 
 
 def listing(d: Draw) -> Row:
-    """Any three different members of a category."""
-    attribute, label = d.rng.choice(list(texts("tasks")["listing"][d.lang]["categories"].items()))
-    right = [v[d.lang] for v in world().values[attribute]]
-    row = d.ask(label) | d.answer(d.join(d.pick(attribute, 3)))
-    return row | {"accept": right}
+    """Any three different members of a group."""
+    group, label = d.rng.choice(list(texts("tasks")["listing"][d.lang]["categories"].items()))
+    right = [v[d.lang] for v in world().groups[group]]
+    row = d.ask(label) | d.answer(d.join([v[d.lang] for v in d.pick(group, 3)]))
+    return {"key": f"list|{group}"} | row | {"accept": right}
 
 
 def on_a_list(d: Draw) -> Row:
     """The first or the last of some things, or their number."""
-    attribute = d.rng.choice(["food", "pet", "colour", "job", "hobby"])
-    things = d.pick(attribute, d.rng.randint(2, 6))
-    right = {"first_item": things[0], "last_item": things[-1], "counting": str(len(things))}
-    return d.ask(d.join(things)) | d.answer(right[d.family])
+    group = d.rng.choice(["food", "pet", "colour", "job", "hobby"])
+    things = d.pick(group, d.rng.randint(2, 6))
+    words = [thing[d.lang] for thing in things]
+    right = {"first_item": words[0], "last_item": words[-1], "counting": str(len(words))}
+    key = "|".join([d.family, *(thing.en for thing in things)])
+    return {"key": key} | d.ask(d.join(words)) | d.answer(right[d.family])
 
 
 def category(d: Draw) -> Row:
-    attribute, label = d.rng.choice(list(d.labels().items()))
-    return d.ask(*d.pick(attribute, 1)) | d.answer(label)
+    group, label = d.rng.choice(list(d.labels().items()))
+    (word,) = d.pick(group, 1)
+    return {"key": f"category|{word.en}"} | d.ask(word[d.lang]) | d.answer(label)
 
 
 def howto(d: Draw) -> Row:
     """The steps to a harmless end."""
-    title, steps = d.rng.choice(texts("genres")["howto"][d.lang])
-    return d.ask(title) | exactly(numbered(steps))
+    titles = texts("genres")["howto"]
+    i = d.rng.randrange(len(titles[d.lang]))
+    title, steps = titles[d.lang][i]
+    return {"key": f"howto|{titles['en'][i][0]}"} | d.ask(title) | exactly(numbered(steps))
 
 
 def repeat(d: Draw) -> Row:
-    word = d.rng.choice(world().glossary)[d.lang]
-    return d.ask(word) | d.answer(d.join([word] * 3))
+    word = d.rng.choice(world().glossary)
+    row = d.ask(word[d.lang]) | d.answer(d.join([word[d.lang]] * 3))
+    return {"key": f"repeat|{word.zh}"} | row
 
 
 def story(d: Draw) -> Row:
     """A story that names the two wanted people and comes to an end (checked by `_is_story`)."""
     people = d.rng.sample(d.people, 2)
-    text = corpus.story(d.rng, d.lang, people)
+    text = genres.story(d.rng, d.lang, people)
     names = [person[d.lang] for person in people]
     both = ("和" if d.lang == "zh" else " and ").join(names)
-    return d.ask(both) | {"completion": text, "accept": names}
+    key = "|".join(["story", *sorted(person.en for person in people)])
+    return {"key": key} | d.ask(both) | {"completion": text, "accept": names}
 
 
 def opposite(d: Draw) -> Row:
     a, b = d.rng.sample(d.rng.choice(world().opposites), 2)
-    return d.ask(a[d.lang]) | d.answer(b[d.lang])
+    return {"key": f"opposite|{a.en}"} | d.ask(a[d.lang]) | d.answer(b[d.lang])
 
 
 def larger(d: Draw) -> Row:
     a, b = d.rng.sample(range(21), 2)
     pair = f"{a}和{b}" if d.lang == "zh" else f"{a} or {b}"
-    return d.ask(pair) | d.answer(str(max(a, b)))
+    return {"key": f"larger|{pair}"} | d.ask(pair) | d.answer(str(max(a, b)))
 
 
 Family = tuple[Callable[[Draw], Row], float]  # what draws a row, and how often it is drawn
@@ -180,35 +202,47 @@ def instruction_rows(
 ) -> list[Row]:
     """Distinct instruction rows of a split, in random order.
 
-    `split` is one of `SPLITS`; "test" has prompts kept out of "train". `n` is the most rows (small
-    families can run dry), by default 8,000 for train and 600 otherwise. `seed` is that of the draw;
-    the splits do not depend on it. `languages` and `families` select; by default those that fit.
+    `split` is one of `SPLITS`; "test" has questions that are in no other, whatever the words. `n`
+    is the most rows (small families can run dry), by default 8,000 for train and 600 otherwise.
+    `seed` is that of the draw; the splits do not depend on it. `languages` and `families` select;
+    by default those that fit.
 
-    Rows have prompt, completion, instruction, input, task, lang, phrasing, accept and, for
-    questions about the town, subject and attribute.
+    Rows have prompt, completion, instruction, input, task, lang, phrasing, accept, `key` (the
+    question, see `splits`) and, for questions about the town, subject and attribute.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     if unknown := set(families or ()) - set(FAMILIES):
         raise ValueError(f"families: {sorted(unknown)} not among {', '.join(FAMILIES)}")
     names = families or OTHER_FAMILIES.get(split, TRAINING_FAMILIES)
-    weights = [FAMILIES[name][1] for name in names]
     people = world().heldout_people if split == "heldout_people" else world().tuning_people
     phrasing = "held" if split == "heldout_phrasings" else "ask"
     rng = Random(f"{split}-{seed}")
     n = n or (8000 if split == "train" else 600)
     rows, misses = dict[str, Row](), 0
     while len(rows) < n and misses < 2000:
-        family, lang = rng.choices(names, weights)[0], rng.choice(languages)
-        fields = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
-        row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | fields
-        row["instruction"], _, row["input"] = row["prompt"].partition("\n")
-        # Train and test share families and phrasings, but no prompt: one in ten is for the test.
-        other = "train" if zlib.crc32(row["prompt"].encode()) % 10 == 0 else "test"
+        row = draw(rng, names, languages, people, phrasing)
         misses += 1
-        if row["prompt"] not in rows and split != other:
+        fits = split in OTHER_FAMILIES or side(row["key"]) == split
+        if fits and row["prompt"] not in rows:
             rows[row["prompt"]], misses = row, 0
     return list(rows.values())
+
+
+def draw(
+    rng: Random,
+    families: Sequence[str],
+    languages: Sequence[str],
+    people: Sequence[Name],
+    phrasing: str,
+) -> Row:
+    """One row, of whatever split."""
+    weights = [FAMILIES[name][1] for name in families]
+    family, lang = rng.choices(families, weights)[0], rng.choice(languages)
+    fields = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
+    row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | fields
+    row["instruction"], _, row["input"] = row["prompt"].partition("\n")
+    return row
 
 
 def normalize(text: str) -> str:

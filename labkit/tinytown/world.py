@@ -73,18 +73,22 @@ class World:
     """Tinytown: residents, places, facts, and the people held out of every instruction set.
 
     `tuning_people` and `heldout_people` are disjoint halves of `residents`; best friends are
-    always of the same half, so no row about one half names the other.
+    always of the same half, so no row about one half names the other. `strangers` live elsewhere:
+    those of `web` are asked about in pretraining, of `train` in tuning, of `test` in neither.
+    `groups` are the words of a kind, from foods to days of the week.
     """
 
     def __init__(self, seed: int = SEED) -> None:
         rng = random.Random(seed)
         raw, attributes = texts("world"), (*PERSON_ATTRIBUTES[:-1], *PLACE_ATTRIBUTES)
-        lists = ("residents", "strangers", "words", *attributes)
-        names = {key: [Name(*entry) for entry in raw[key]] for key in lists}
-        self.residents, self.strangers = names["residents"], names["strangers"]
+        names = {key: _names(raw[key]) for key in ("residents", "words", *attributes)}
+        self.residents = names["residents"]
+        self.strangers = {part: _names(entries) for part, entries in raw["strangers"].items()}
         self.places, self.words = names["home"], names["words"]
         self.values = {a: names[a] for a in attributes} | {"friend": self.residents}
         self.opposites = [(Name(*a), Name(*b)) for a, b in raw["opposites"]]
+        groups = {key: _names(entries) for key, entries in raw["groups"].items()}
+        self.groups = {**self.values, "resident": self.residents, **groups}
         self.things, self.portable = self.words[:34], self.words[20:34]
         kinds = ("food", "pet", "colour", "job")
         self.glossary = self.words + [v for a in kinds for v in self.values[a]]
@@ -124,6 +128,10 @@ class World:
     def holders(self, attribute: str, value: Name) -> list[Name]:
         """The residents of whom `attribute` = `value` is true, in the order of `residents`."""
         return [r for r in self.residents if self.facts[r.en, attribute].value == value]
+
+
+def _names(entries: list[list[str]]) -> list[Name]:
+    return [Name(*entry) for entry in entries]
 
 
 @cache
