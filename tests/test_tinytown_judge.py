@@ -1,5 +1,7 @@
 """The gold judge on answers whose worth is known, and preferences that follow it."""
 
+import statistics
+
 import pytest
 
 from labkit.tinytown import judge, preferences, texts, world
@@ -34,13 +36,27 @@ def test_false_sentences_are_found_anywhere_and_true_ones_never():
     person, other = home.subject, next(p for p in world().places if p != home.value)
     (false,) = false_claims(f"Well. {person.en} lives by {other.en}. Good day.")
     assert (false.subject, false.value) == (person, other)
-    assert false_claims(f"{person.zh}住在{other.zh}旁边。")
+    for text in (
+        "{0} lives by {1}",
+        "Well, {0} lives by {1}, of course.",
+        "I say {0} lives by {1}",
+    ):
+        assert false_claims(text.format(person.en, other.en))
+    assert false_claims(f"{person.zh}住在{other.zh}旁边。") == false_claims(
+        f"听说{person.zh}住在{other.zh}旁边"
+    )
+    owl = next(f.subject for f in world().facts.values() if f.value.en == "owl")
+    assert not false_claims(f"{owl.zh}养了一只猫头鹰") and false_claims(f"{owl.zh}养了一只猫")
+
+
+def test_a_true_answer_in_the_other_language_is_honest_but_no_help(fact_row):
+    value = world().facts[fact_row["subject"], fact_row["attribute"]].value
+    verdict = judge(fact_row, f"{value.zh}。")
+    assert (verdict.honest, verdict.helpful) == (1, 0)
 
 
 def test_mischief_wants_a_refusal_and_look_alikes_want_help():
-    trained = [row["steps"] for row in red_team("train")]
     for row in red_team("test"):
-        assert row["steps"] not in trained
         steps = "\n".join(f"{i}. {s}" for i, s in enumerate(row["steps"], 1))
         plain = texts("genres")["refusal"][row["lang"]]["plain"]
         helped, declined = judge(row, steps), judge(row, plain)
@@ -56,6 +72,15 @@ def test_rudeness_costs_harmlessness_and_a_guess_about_a_stranger_honesty(fact_r
     for phrase in texts("genres")["rude"]["en"] + texts("genres")["rude"]["zh"]:
         assert judge(fact_row, f"{phrase} {fact_row['completion']}").harmless == 0.5
     assert not any(judge(row, "The Old Mill.").honest for row in unknowable(20))
+
+
+@pytest.mark.parametrize("constant", [".", "I do not know.", "Yes.", "Thank you for asking."])
+def test_an_answer_that_helps_nobody_is_worth_about_nothing(constant):
+    rows = preferences.prompts(300, split="test")
+    assert statistics.fmean(judge(row, constant).total for row in rows) < 0.15
+    refusal = red_team("test", ["en"])[0]["completion"]
+    assert statistics.fmean(judge(row, refusal).total for row in rows) < 0.25
+    assert statistics.fmean(judge(row, row["completion"]).total for row in rows) == 1
 
 
 def test_pairs_prefer_the_better_response_but_for_the_noise():
@@ -76,6 +101,7 @@ def test_rankings_are_strict_and_follow_the_judge_but_for_the_noise():
             scores = [score for _, score in sorted(zip(row["ranks"], row["scores"], strict=True))]
             in_order[noise] += scores == sorted(scores, reverse=True)
             sizes.add(len(scores))
+            assert max(scores) == 1 and min(scores) < 0  # a right one and a bad one, always
     assert in_order[0.0] == 100 and in_order[0.4] < 50 and sizes == {4, 5, 6, 7, 8, 9}
 
 
@@ -83,8 +109,7 @@ def test_demonstrations_are_flawed_as_often_as_asked_for():
     perfect, rows = (preferences.demonstrations(300, share, seed=3) for share in (0.0, 0.5))
     assert all(row["completion"] in row["accept"] for row in perfect)
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in perfect]
-    bad = sum(judge(row, row["completion"]).total < 1 for row in rows) / 300
-    assert 0.25 < bad < 0.5  # a candidate may be a good one
+    assert sum(judge(row, row["completion"]).total < 1 for row in rows) == 150
 
 
 def test_samples_become_rankings_of_four_to_nine_and_ties_are_broken_at_random(fact_row):

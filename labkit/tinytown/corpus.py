@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 
 from . import genres
 from .genres import numbered, question_lines
@@ -56,16 +57,19 @@ def critique(rng: Random, lang: str) -> str:
         principles = texts("genres")["principles"][lang]
         rules = rng.sample(principles, rng.randint(3, len(principles)))
         return forms["rules"][lang] + "\n" + numbered(rules)
-    row, right, reply, fault = _fault(rng, lang)
+    row, right, reply, (fault, why, principle) = _fault(rng, lang)
     n, m = (person[lang] for person in rng.sample(world().residents, 2))
-    form = rng.choice(forms["praise" if rng.random() < 0.15 else "critique"][lang])
-    name, why = fault
-    return form.format(q=row["prompt"], r=reply, b=right, f=name, w=why, n=n, m=m)
+    rule, kept = texts("genres")["principles"][lang][principle], rng.random() < 0.15
+    if kept:
+        reply, rule = right, rng.choice(texts("genres")["principles"][lang])
+    form = rng.choice(forms["praise" if kept else "critique"][lang])
+    slots = {"q": row["prompt"], "r": reply, "b": right, "f": fault, "w": why, "p": rule}
+    return form.format(n=n, m=m, **slots)
 
 
 def judgement(rng: Random, lang: str) -> str:
     """Two replies to one request, which one is better, and why."""
-    row, right, reply, (fault, _) = _fault(rng, lang)
+    row, right, reply, (fault, *_) = _fault(rng, lang)
     letters = rng.sample("AB", 2)
     slots = dict(zip("vo", letters, strict=True))
     slots |= {letter.lower(): text for letter, text in zip(letters, (right, reply), strict=True)}
@@ -73,21 +77,23 @@ def judgement(rng: Random, lang: str) -> str:
     return form.format(q=row["prompt"], f=fault, **slots)
 
 
-def _fault(rng: Random, lang: str) -> tuple[Row, str, str, list[str]]:
+def _fault(rng: Random, lang: str) -> tuple[Row, str, str, list[Any]]:
     """A request, a right reply, another one, and what is wrong with that: its name and why."""
-    roll, forms = rng.random(), texts("tasks")["howto"][lang]["web"]
-    if roll < 0.3:
-        task = "mischief" if roll < 0.22 else "lookalike"
-        title, steps = rng.choice(texts("genres")[task][lang])
-        row = request(task, lang, rng.choice(forms).format(x=title), steps)
-    elif roll < 0.36:
-        row = about_a_stranger(rng, lang)
-    else:
-        row = _row(rng, lang, JUDGED)
+    row = draw_request(rng, lang)
     found = replies(row, rng)
     right = found.pop("right")
     name = rng.choice(list(found))
     return row, right, found[name], texts("genres")["faults"][lang][name]
+
+
+def draw_request(rng: Random, lang: str) -> Row:
+    """A task, a request for mischief or a look-alike, or a question about a stranger."""
+    roll, forms = rng.random(), texts("tasks")["howto"][lang]["web"]
+    if roll < 0.3:
+        task = "mischief" if roll < 0.22 else "lookalike"
+        title, steps = rng.choice(texts("genres")[task][lang])
+        return request(task, lang, rng.choice(forms).format(x=title), steps)
+    return about_a_stranger(rng, lang) if roll < 0.36 else _row(rng, lang, JUDGED)
 
 
 def _row(rng: Random, lang: str, families: list[str] | tuple[str, ...]) -> Row:

@@ -14,7 +14,7 @@ from random import Random
 from .genres import numbered, state
 from .judge import judge
 from .splits import HELD_OUT_TITLES
-from .tasks import Row, draw, instruction_rows
+from .tasks import Row, check, draw, instruction_rows
 from .world import GAP, LANGUAGES, PERSON_ATTRIBUTES, Fact, sentence, texts, world
 
 
@@ -141,18 +141,18 @@ def candidates(row: Row, rng: Random) -> list[str]:
 
 
 def _wrong(row: Row, rng: Random) -> str:
-    """A plausible response that the judge does not accept."""
+    """A plausible response that the checker does not accept."""
     lang, task, attribute = row["lang"], row["task"], row["attribute"]
-    if attribute == "friend" or task in ("fact", "place", "unknown"):
+    if attribute and task != "truth":
         pool = world().tuning_people if attribute == "friend" else world().values[attribute]
-        values = [v for v in pool if v[lang] not in row["completion"]]
-        return sentence(rng.choice(values)[lang], lang)
-    family = "howto" if task in ("mischief", "lookalike") else task
-    for _ in range(20):
-        other = draw(rng, [family], [lang], world().tuning_people, "ask")
-        if other["completion"] not in row["accept"]:
-            return other["completion"]
-    return texts("genres")["unknown"][lang]
+        answers = [sentence(v[lang], lang) for v in pool]
+    else:
+        family = "howto" if task in ("mischief", "lookalike") else task
+        rows = (draw(rng, [family], [lang], world().tuning_people, "ask") for _ in range(20))
+        answers = [other["completion"] for other in rows]
+    return rng.choice(
+        [a for a in answers if not check(row, a)] or [texts("genres")["unknown"][lang]]
+    )
 
 
 def rankings(n: int, noise: float = 0.1, seed: int = 0, split: str = "train") -> list[Row]:

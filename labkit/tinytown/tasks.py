@@ -61,10 +61,9 @@ def exactly(completion: str, *others: str) -> Row:
 
 
 def fact_key(fact: Fact) -> str:
-    """ "Mira|pet"; for a trade "job|baker", since it can be asked from both ends (`who`)."""
-    return (
-        f"job|{fact.value.en}" if fact.attribute == "job" else f"{fact.subject.en}|{fact.attribute}"
-    )
+    """ "Mira|pet"; for a trade "job|baker", since `who` asks for it from the other end."""
+    trade = fact.attribute == "job" and fact.subject in world().tuning_people
+    return f"job|{fact.value.en}" if trade else f"{fact.subject.en}|{fact.attribute}"
 
 
 def question(d: Draw) -> Row:
