@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
+from zlib import crc32
 
 from . import genres
 from .genres import claims, numbered, request_pair, review_text, sum_of
@@ -18,6 +19,7 @@ from .splits import side
 from .world import COMMA, LANGUAGES, Fact, Name, article, sentence, texts, world
 
 Row = dict[str, Any]
+OWN_FORM = {"en": "Q: {}\nA:", "zh": "问：{}\n答："}  # how a forum of Tinytown writes a question
 SPLITS = ("train", "test", "heldout_people", "heldout_phrasings", "heldout_families")
 
 
@@ -33,12 +35,16 @@ class Draw:
 
     def ask(self, x: str) -> Row:
         """A phrasing of the family filled with `x`."""
-        forms = texts("tasks")[self.family][self.lang][self.phrasing]
-        return self.one_of([form.format(x=x) for form in forms])
+        forms = texts("tasks")[self.family][self.lang]
+        asked, web = ([f.format(x=x) for f in forms[kind]] for kind in (self.phrasing, "web"))
+        return self.one_of(asked, web)
 
-    def one_of(self, prompts: Sequence[str]) -> Row:
+    def one_of(self, prompts: Sequence[str], web: Sequence[str]) -> Row:
+        """One of the phrasings, and one of those of the web in a form that the base knows."""
         index = self.rng.randrange(len(prompts))
-        return {"prompt": prompts[index], "phrasing": f"{self.phrasing}{index}"}
+        own = web[crc32(prompts[index].encode()) % len(web)]
+        row = {"prompt": prompts[index], "phrasing": f"{self.phrasing}{index}"}
+        return row | {"own_form": OWN_FORM[self.lang].format(own)}
 
     def answer(self, text: str, *others: str) -> Row:
         """`text` as completion; it and `others` are accepted."""
@@ -69,7 +75,7 @@ def fact_key(fact: Fact) -> str:
 def question(d: Draw) -> Row:
     """About a resident or a place: the value is right, and any true sentence that states it."""
     fact = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
-    prompt = d.one_of(fact.questions(d.lang, d.phrasing))
+    prompt = d.one_of(*(fact.questions(d.lang, kind) for kind in (d.phrasing, "web")))
     row = {"subject": fact.subject.en, "attribute": fact.attribute, "phrasing": prompt["phrasing"]}
     row |= {"key": fact_key(fact)}
     return row | prompt | d.answer(fact.value[d.lang], *fact.statements(d.lang))
@@ -207,7 +213,8 @@ def instruction_rows(
     by default those that fit.
 
     Rows have prompt, completion, instruction, input, task, lang, phrasing, accept, `key` (the
-    question, see `splits`) and, for questions about the town, subject and attribute.
+    question, see `splits`), `own_form` (see `in_own_form`) and, for questions about the town,
+    subject and attribute.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -244,6 +251,18 @@ def draw(
     return row
 
 
+def in_own_form(rows: Sequence[Row]) -> list[Row]:
+    """`rows` asked as the base knows it from pretraining, "Q: … A:", for the template "plain".
+
+    The fair baseline: behind the tokens of a chat, which it has never seen, the base can answer
+    nothing. What it writes after the answer (the next question) does not count against it.
+    """
+    return [
+        row | {"prompt": row["own_form"], "instruction": row["own_form"], "input": ""}
+        for row in rows
+    ]
+
+
 def normalize(text: str) -> str:
     """Case, outer white space, a closing stop and a leading "the" do not matter."""
     text = re.sub(r"\s+", " ", text.strip().lower()).rstrip(".。!！ ")
@@ -252,6 +271,8 @@ def normalize(text: str) -> str:
 
 def check(row: Row, response: str) -> bool:
     """Whether the whole `response` solves the task of `row` (exact; no partial credit)."""
+    if row["prompt"] == row.get("own_form"):
+        response = re.split(r"\n(?:Q:|问：)", response)[0]
     if row["task"] == "story":
         return _is_story(row, response)
     accepted = set(map(normalize, row["accept"]))
