@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 
 from labkit import data, evaluation, models, training
-from labkit.tinytown import documents, genre_samples, instruction_rows
+from labkit.techniques import lora
+from labkit.tinytown import documents, genre_samples, in_own_form, instruction_rows
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 PAD, EOS = SPECIAL[:2]
@@ -42,7 +43,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 LOG_EVERY, SAVE_EVERY = 50, 200  # steps
-ASKED = ("facts", "test", "heldout_phrasings", "heldout_families")
+ASKED = ("facts", "lowest_family", "test", "heldout_phrasings", "heldout_families")
+EXAMPLES, SEEDS = (1000, 2000, 4000, 8000), 3
 
 
 def train_tokenizer(vocab_size: int = 2048, documents_used: int = 40_000) -> Any:
@@ -244,40 +246,52 @@ def update(model: Any, both: list[torch.optim.Optimizer], block: torch.Tensor) -
 
 
 def ask(out: Path) -> None:
-    """Tune on instructions about half of the residents, then ask about the other half.
+    """What the base knows in its own form; then tuned on instructions about half of the residents.
 
-    Once before tuning, then after several numbers of examples, with full fine-tuning and LoRA.
+    A curve over the number of examples with one seed, and `SEEDS` seeds of the largest; each seed
+    draws its own examples. LoRA once, at the largest.
     """
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    runs = [{"method": "base", "rows": 0, "epochs": 0} | accuracies(*models.load(str(out)))]
-    for method, rate in (("full", 5e-4), ("lora", 4e-3)):
-        for rows in (1500, 3000, 6000):
-            model, tokenizer = models.load(str(out))
-            if method == "lora":
-                torch.manual_seed(0)  # of the matrices A
-                model = get_peft_model(model, lora)
-            examples = data.encode(instruction_rows("train", rows), tokenizer, max_length=256)
-            config = training.TrainConfig(learning_rate=rate, epochs=1.0, batch_size=16)
-            result = training.fit(model, examples, training.sft_loss, config, progress=False)
-            run: dict[str, Any] = {"method": method, "rows": rows, "epochs": 1, "loss": result.loss}
-            runs.append(run | {"learning_rate": rate} | accuracies(model, tokenizer))
-            print(json.dumps(runs[-1]), flush=True)
+    base = models.load(str(out))
+    runs = [{"method": "base, behind the chat template", "rows": 0} | accuracies(*base)]
+    runs += [{"method": "base, in its own form", "rows": 0} | accuracies(*base, own_form=True)]
+    points = [("full", rows, 0) for rows in EXAMPLES] + [("LoRA", EXAMPLES[-1], 0)]
+    points += [("full", EXAMPLES[-1], seed) for seed in range(1, SEEDS)]
+    for method, rows, seed in points:
+        model, tokenizer = models.load(str(out))
+        torch.manual_seed(seed)  # of LoRA's matrices A
+        rate = 1e-3
+        if method == "LoRA":
+            model, rate = lora.attach(model, lora.LoraConfig(rank=8, alpha=16.0)), 4e-3
+        given = instruction_rows("train", rows, seed)
+        config = training.TrainConfig(learning_rate=rate, epochs=1.0, batch_size=16, seed=seed)
+        examples = data.encode(given, tokenizer, max_length=256)
+        result = training.fit(model, examples, training.sft_loss, config, progress=False)
+        run: dict[str, Any] = {"method": method, "rows": rows, "seed": seed}
+        run |= {"learning_rate": rate, "seconds": round(result.seconds), "loss": result.loss}
+        runs.append(run | accuracies(model, tokenizer, seed=seed))
+        print(json.dumps(runs[-1]), flush=True)
     (out / "askability.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
-def accuracies(model: Any, tokenizer: Any, n: int = 400) -> dict[str, float]:
-    """Accuracy on every held-out split; `facts` are the questions about held-out residents."""
-    splits = {name: instruction_rows(name, n) for name in ASKED if name != "facts"}
-    splits |= {"facts": instruction_rows("heldout_people", n, families=["fact"])}
-    scores = {}
+def accuracies(
+    model: Any, tokenizer: Any, n: int = 600, seed: int = 0, own_form: bool = False
+) -> dict[str, Any]:
+    """Accuracy on every held-out split, of the weakest trained family, and by family and more.
+
+    `facts` are the questions about held-out residents.
+    """
+    splits = {name: instruction_rows(name, n, seed) for name in ASKED[2:]}
+    splits |= {"facts": instruction_rows("heldout_people", n, seed, families=["fact"])}
+    found: dict[str, Any] = {}
     for name, rows in splits.items():
-        result = evaluation.exact(model, tokenizer, rows)
-        scores[name] = result.accuracy
-        for column in {"facts": ("lang", "attribute"), "test": ("task",)}.get(name, ()):
-            scores |= {f"{name}_{k}": v[0] for k, v in result.by(column).items()}
-    return scores
+        given = in_own_form(rows) if own_form else rows
+        template = "plain" if own_form else "auto"
+        result = evaluation.exact(model, tokenizer, given, template=template)
+        found[name] = result.accuracy
+        for column in {"facts": ("lang", "attribute")}.get(name, ("task",)):
+            found |= {f"{name}_{k}": round(v[0], 4) for k, v in result.by(column).items()}
+    found["lowest_family"] = min(v for k, v in found.items() if k.startswith("test_"))
+    return found
 
 
 def write_card(out: Path) -> None:
@@ -292,7 +306,7 @@ def write_card(out: Path) -> None:
     if file.exists():
         runs = json.loads(file.read_text())["runs"]
         rows = [[r["method"], r["rows"], *(f"{r[name]:.1%}" for name in ASKED)] for r in runs]
-        asked = table(["tuning", "examples", *ASKED], rows)
+        asked = table(["tuning", "examples", *(name.replace("_", " ") for name in ASKED)], rows)
     template = Path(__file__).with_name("tinytown_card.md").read_text("utf-8")
     card = template.format(
         parameters=model.num_parameters(),

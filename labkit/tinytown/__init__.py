@@ -18,7 +18,15 @@ from .preferences import (
     red_team,
     unknowable,
 )
-from .tasks import FAMILIES, HELD_OUT_FAMILIES, SPLITS, check, instruction_rows, normalize
+from .tasks import (
+    FAMILIES,
+    HELD_OUT_FAMILIES,
+    SPLITS,
+    check,
+    in_own_form,
+    instruction_rows,
+    normalize,
+)
 from .world import Fact, Name, World, texts, world
 
 
