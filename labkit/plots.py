@@ -129,15 +129,16 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
     groups: Mapping[str, Any] = values if grouped else {"": values}
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure, axes = figure_axes(**labels)
-    width = 0.8 / len(groups)
+    width, lowest = 0.8 / len(groups), 0.0
     for i, (label, group) in enumerate(groups.items()):
         places = [names.index(n) + (i - (len(groups) - 1) / 2) * width for n in group]
         mean, std = _mean_std(group.values())
+        lowest = min([lowest, *mean])
         axes.bar(places, mean, width * 0.95, yerr=std if any(std) else None, label=label)
     turned = dict(rotation=30, ha="right") if sum(map(len, names)) > 60 else {}
     axes.set_xticks(range(len(names)), names, **turned)
     if percent:
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(1.1 * lowest, 1.02)  # a gold score may be negative
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     return _with_legend(figure, axes, groups)
 

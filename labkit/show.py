@@ -57,12 +57,23 @@ class SideBySide(Table):
         return "\n\n".join("\n".join(map(str.__add__, names, row)) for row in self.cells())
 
 
-def side_by_side(rows: list[Row], before: Sequence[str], after: Sequence[str], n: int = 5) -> Table:
-    """n rows, spread evenly: prompt, expected answer, answers before and after training."""
-    every = list(zip(rows, before, after, strict=True))
+def side_by_side(
+    rows: list[Row],
+    before: Sequence[str],
+    after: Sequence[str],
+    n: int = 5,
+    own_form: Sequence[str] = (),
+) -> Table:
+    """n rows, spread evenly: prompt, expected answer, answers before and after training.
+
+    `own_form`: answers before training to the same questions in a form that the model knows.
+    """
+    columns = {"before": before} | ({"before, in own form": own_form} if own_form else {})
+    columns["after"] = after
+    every = list(zip(rows, *columns.values(), strict=True))
     some = [every[j * len(rows) // n] for j in range(n)] if n < len(rows) else every
     cells = [(prompt_text(row), response(row), *answers) for row, *answers in some]
-    return SideBySide(("prompt", "expected", "before", "after"), cells)
+    return SideBySide(("prompt", "expected", *columns), cells)
 
 
 class MaskView:

@@ -349,6 +349,13 @@ def test_alpaca_templates(make_tokenizer):
     chinese = data.render(row, tokenizer, "alpaca_zh")[0]
     assert chinese.endswith("### 指令：\nGive an antonym.\n\n### 输入：\nhot\n\n### 回复：\n")
     assert "### 输入" not in data.render(PAIR, tokenizer, "alpaca_zh")[0]
+    for prompt, answer in (
+        ("Q: Hot?\nA:", " No.<|end|>"),
+        ("答：", "No.<|end|>"),
+        ("", "No.<|end|>"),
+    ):
+        row = {"prompt": prompt, "completion": "No."}
+        assert data.render(row, tokenizer, "bare") == (prompt, answer)
     braces = {"prompt": "{input} {0}", "completion": "x"}
     assert "{input} {0}" in data.render(braces, tokenizer, "alpaca")[0]
 
@@ -569,5 +576,7 @@ def test_side_by_side_is_escaped():
     assert "<img" not in shown and "<script" not in shown and "<i>" not in shown
     assert "&lt;script&gt;" in shown and "a &amp; b" in shown and shown.count("<tr>") == 3
     assert "after | a & b" in repr(table)
+    columns = show.side_by_side([row], ["no"], ["yes"], own_form=["perhaps"]).columns
+    assert columns == ["prompt", "expected", "before", "before, in own form", "after"]
     with pytest.raises(ValueError):
         show.side_by_side([row], ["a", "b"], ["c"])

@@ -47,6 +47,12 @@ def test_panels_have_one_colour_per_label_and_a_band_over_seeds():
     assert left.lines[1].get_color() == right.lines[0].get_color() != left.lines[0].get_color()
 
 
+def test_a_negative_score_is_drawn_and_zero_stays_the_bottom_of_others():
+    labels = dict(ylabel="score (%)", title="t", percent=True)
+    assert plots.bars({"a": -0.2, "b": 0.5}, **labels).axes[0].get_ylim()[0] < -0.2
+    assert plots.bars({"a": 0.1, "b": 0.5}, **labels).axes[0].get_ylim()[0] == 0
+
+
 def test_grouped_bars_keep_the_heights():
     values = {"base": {"en": 0.1, "zh": 0.2}, "tuned": {"en": 0.8, "zh": 0.7}}
     axes = plots.bars(values, ylabel="accuracy", title="t", percent=True).axes[0]

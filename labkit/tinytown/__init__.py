@@ -1,7 +1,8 @@
 """The embedded world: a small town whose truth is known exactly.
 
-`documents` is the pretraining text; `instruction_rows` gives tasks and `check` checks responses to
-them; `judge` is the gold judge, and `preference_pairs`, `rankings` and `red_team` are made with it.
+`documents` is the pretraining text; `instruction_rows` gives tasks, `in_own_form` asks them as the
+base knows them, and `check` checks responses; `judge` is the gold judge, and `preference_pairs`,
+`rankings` and `red_team` are made with it.
 The base checkpoint is in `base_folder()`; `scripts/pretrain_tinytown.py` made it.
 """
 

@@ -1,11 +1,11 @@
 """What is held out, of tuning and of pretraining: by question, by name, by title and by text.
 
 A *question* is what is asked, whatever the words and the language: its key is "Mira|pet" for her
-animal, asked or stated, and "job|baker" for that trade, asked from either end. Every question about the town's people that are tuned on, and every task,
-belongs to one split only. Besides, nothing is ever tuned on about half of the residents
-(`World.heldout_people`), the phrasings `held` of `text/*.yaml`, the families
-`tasks.HELD_OUT_FAMILIES`, the strangers `test`, and the last titles of mischief and its look-alikes;
-and one text in sixteen is kept out of pretraining.
+animal, asked or stated, and "job|baker" for that trade, asked from either end. Every question about
+the town's people that are tuned on, and every task, belongs to one split only. Besides, nothing is
+ever tuned on about half of the residents (`World.heldout_people`), the phrasings `held` of
+`text/*.yaml`, the families `tasks.HELD_OUT_FAMILIES`, the strangers `test`, and the last titles of
+mischief and its look-alikes; and one text in sixteen is kept out of pretraining.
 """
 
 from zlib import crc32

@@ -252,7 +252,7 @@ def draw(
 
 
 def in_own_form(rows: Sequence[Row]) -> list[Row]:
-    """`rows` asked as the base knows it from pretraining, "Q: … A:", for the template "plain".
+    """`rows` asked as the base knows it from pretraining, "Q: … A:", for the template "bare".
 
     The fair baseline: behind the tokens of a chat, which it has never seen, the base can answer
     nothing. What it writes after the answer (the next question) does not count against it.
