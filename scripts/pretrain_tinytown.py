@@ -285,7 +285,7 @@ def accuracies(
     found: dict[str, Any] = {}
     for name, rows in splits.items():
         given = in_own_form(rows) if own_form else rows
-        template = "plain" if own_form else "auto"
+        template = "bare" if own_form else "auto"
         result = evaluation.exact(model, tokenizer, given, template=template)
         found[name] = result.accuracy
         for column in {"facts": ("lang", "attribute")}.get(name, ("task",)):
