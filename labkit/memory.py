@@ -267,6 +267,7 @@ STAGES = {  # the techniques that a notebook trains, and the parameter that can 
     "adapter": {"adapter": ""},
     "rlhf": {"full": "", "reward": "", "ppo": ""},
     "dpo": {"full": ""},
+    "orpo": {"full": ""},
     "peft_comparison": {t: f"{t}_learning_rate" for t in "full lora qlora prefix adapter".split()},
 }
 NAMES = {"max_length": "sequence_length", "length": "prefix_length"}  # a notebook's: ours
@@ -297,7 +298,7 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])
             stage["held"] = plans[-1].parts[WEIGHTS]
             names["rank"] = "lora_rank"
-        if name.endswith("_dpo"):  # two responses per pair; the reference is done before
+        if name.endswith(("_dpo", "_orpo")):  # two responses; no reference is loaded
             technique = "lora" if own["lora_rank"] else technique
             stage = {"rank": own["lora_rank"] or None}
             stage["sequence_length"] = 2 * own["sequence_length"]

@@ -202,9 +202,11 @@ def test_all_stages_of_a_notebook(tiny_folder, monkeypatch):
     assert "minibatch_size=16" in tight.advice  # the notebook's own name, and only what it has
     assert replace(plans[0], device_memory=1.0).advice.endswith("take a smaller model.")
     monkeypatch.setattr(memory, "simulate", lambda *_: dict.fromkeys(PARTS, 1.0))
-    pairs = [memory.plan_notebook("09_dpo", values | rlhf | {"lora_rank": r})[0] for r in (0, 4)]
-    assert [(p.setting.technique, p.setting.rank) for p in pairs] == [("full", None), ("lora", 4)]
-    assert pairs[0].setting.sequence_length == 128  # two responses
+    for name in ("09_dpo", "10_orpo"):
+        pairs = [memory.plan_notebook(name, values | rlhf | {"lora_rank": r})[0] for r in (0, 4)]
+        found = [(p.setting.technique, p.setting.rank) for p in pairs]
+        assert found == [("full", None), ("lora", 4)]
+        assert pairs[0].setting.sequence_length == 128  # two responses
     for also, expected in ({}, ["lora"]), ({"full_learning_rate": 1e-3}, ["lora", "full"]):
         found = memory.plan_notebook("02_lora", values | also)
         assert [p.setting.technique for p in found] == expected
