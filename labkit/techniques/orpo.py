@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from trl.trainer.utils import disable_dropout_in_model
 
 from labkit import logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
@@ -97,7 +98,7 @@ def train(
 ) -> training.TrainResult:
     """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
 
-    What is raised, and the rest, is as in `encode_pairs` and `training.fit`.
+    There is no dropout. What is raised, and the rest, is as in `encode_pairs` and `training.fit`.
     """
     config = config or ORPOConfig()
     limit = models.fitting(model, config.max_length)
@@ -107,4 +108,6 @@ def train(
     options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
     options |= dict(collate=collate, progress=progress)
     loss = partial(pair_loss, config=config)
-    return training.fit(model, encode(rows, tokenizer), loss, config, **options)
+    with models.unchanged(model):
+        disable_dropout_in_model(model)
+        return training.fit(model, encode(rows, tokenizer), loss, config, **options)
