@@ -5,7 +5,7 @@ text, genre by genre; a seed draws examples, initialization and questions. Two m
 every task, facts of the town among them, so that it rehearses some of what pretraining taught;
 `narrow` holds three tasks that mention nothing of the town. Stages:
 
-- `base`: nothing is trained; behind the chat template, and in the form that the base knows (`_own`).
+- `base`: nothing is trained; asked behind the chat template, and as the base knows it (`_own`).
 - `rate`: learning rates from 1e-5 to 1e-2 (pretraining's was 3e-3), on `all`; the low ones also for
   four times as many epochs, since few steps at a low rate are no fair trial of it.
 - `dial`: batch size (for as many steps as the default has), epochs, warmup and weight decay around

@@ -1,8 +1,9 @@
 """How long should a prefix be, and does an MLP help to train it? The recorded sweep of 04.
 
-Examples, questions, the base and the search for learning rates are as in `lora_rank.py`. "plain" trains
-the keys and values themselves, "mlp" the table and the MLP (width 256) that make them, and "text"
-is plain, but starts from the keys and values of real words, the first tokens of the training set.
+Examples, questions, the base and the search for learning rates are as in `lora_rank.py`. "plain"
+trains the keys and values themselves, "mlp" the table and the MLP (width 256) that make them, and
+"text" is plain, but starts from the keys and values of real words, the first tokens of the
+training set.
 
     python benchmarks/prefix_length.py --json benchmarks/results/prefix_length.json
 """
@@ -17,7 +18,8 @@ from labkit.techniques import prefix
 
 HIDDEN = 256  # of the MLP
 LEARNING_RATES = {
-    **{("plain", length): (0.15, 0.3) for length in (1, 4, 16, 64)},
+    **{("plain", length): (0.3, 0.6) for length in (1, 4)},
+    **{("plain", length): (0.15, 0.3) for length in (16, 64)},
     **{("mlp", length): (4e-3, 8e-3) for length in (16, 64)},
     ("text", 16): (0.15, 0.3),
 }

@@ -4,9 +4,9 @@ Every run puts the base's linear layers into one data type with one block size (
 trains LoRA on it and scores it; "none" is LoRA on the weights as they are. Examples, questions, the
 base and the search for learning rates are as in `lora_rank.py`. What is trained on is Ŵ in full
 precision, which is what a layer in four bits computes with: forward and gradients are equal, as
-the tests show, and every type and size can be had. Recorded as well: the error of the
-weights, |Ŵ - W|² over |W|² under the root, and the perplexity of the base on held-out pretraining
-text once it is quantized, before anything is trained.
+the tests show, and every type and size can be had. Recorded as well: the error of the weights,
+|Ŵ - W|² over |W|² under the root, and the perplexity of the base on held-out pretraining text once
+it is quantized, before anything is trained.
 
     python benchmarks/qlora_types.py --json benchmarks/results/qlora_types.json
 """
