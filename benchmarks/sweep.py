@@ -82,7 +82,8 @@ def run(measure: Measure, points: Sequence[Row], file: Path, workers: int = 1) -
     for found in _each(partial(_timed, measure), todo, workers if todo else 1):
         rows.append(found)
         head = {"hardware": record.hardware(), "versions": record.versions()}
-        head |= {"commit": record.commit(), "base": base, "fields": list(points[0]), "runs": rows}
+        fields = list(dict.fromkeys(name for point in points for name in point))
+        head |= {"commit": record.commit(), "base": base, "fields": fields, "runs": rows}
         file.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(file, json.dumps(head, indent=1, default=str) + "\n")
         print(f"{len(rows)} {found}", flush=True)
