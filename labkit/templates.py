@@ -19,7 +19,7 @@ from .formats import Message, Row
 
 Rendered = tuple[str, str]
 
-TEMPLATES = ("auto", "chat", "alpaca", "alpaca_zh", "plain")
+TEMPLATES = ("auto", "chat", "alpaca", "alpaca_zh", "plain", "bare")
 BREAK, _FRAME = "\ufdd0", "\ufdd1"  # Unicode reserves both: no text holds them
 _ENGLISH = (
     "Below is an instruction that describes a task{}. Write a response that appropriately "
@@ -43,7 +43,8 @@ def render(row: Row, tokenizer: Any, template: str = "auto") -> Rendered:
     """The row's prompt text and completion text, for `tokenize`.
 
     template: "chat" (the tokenizer's), "alpaca" or "alpaca_zh" (chapter 5.4.2), "plain" (the texts,
-    the answer on a new line), or "auto": "chat" if the tokenizer has a template, else "alpaca".
+    the answer on a new line), "bare" (the answer on the prompt's last line, for a prompt such as
+    "Q: …\\nA:"), or "auto": "chat" if the tokenizer has a template, else "alpaca".
     Of `messages`, the last answer is the completion; of `text`, all. ValueError for a template
     that does not fit the tokenizer or row, or drops or rewrites the answer.
     """
@@ -64,7 +65,9 @@ def renderer(tokenizer: Any, template: str = "auto") -> Callable[[Row], Rendered
             return begin, row["text"] + end
         if frame:
             return _chat(row, tokenizer, *frame)
-        return begin + _prompt(row, template), response(row) + end
+        prompt, answer = _prompt(row, template), response(row) + end
+        spaced = template == "bare" and re.search(r"[!-~]\Z", prompt)  # not behind 答：
+        return begin + prompt, " " * bool(spaced) + answer
 
     return rendered
 
@@ -136,6 +139,8 @@ def _last_answer(row: Row) -> int:
 
 def _prompt(row: Row, template: str) -> str:
     messages, given = turns(row), row.get("input") or ""
+    if template == "bare":
+        return prompt_text(row)
     if template == "plain":
         text = prompt_text(row) + ("\n\nAssistant:" if len(messages) > 1 else "")
         return text if not text or text[-1].isspace() else text + "\n"
