@@ -89,7 +89,7 @@ def accuracy(name: str, model: Any, tokenizer: Any, rows: list[Row], template: s
 
 def accuracy_own(name: str, model: Any, tokenizer: Any, rows: list[Row]) -> Row:
     """`accuracy` in the form in which the base knows the questions, as `name_own`."""
-    return accuracy(f"{name}_own", model, tokenizer, in_own_form(rows), "plain")
+    return accuracy(f"{name}_own", model, tokenizer, in_own_form(rows), "bare")
 
 
 def marks(found: evaluation.Evaluation) -> str:

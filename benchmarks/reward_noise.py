@@ -85,7 +85,7 @@ def baseline(point: sweep.Row) -> sweep.Row:
     rows = held_out(point["test_rows"], point["seed"])
     forms = [{"own_form": OWN_FORM[row["lang"]].format(row["prompt"])} | row for row in rows]
     found = common.agreement(agreement(rows, likelihoods(model, tokenizer, rows, "auto")))
-    own = agreement(rows, likelihoods(model, tokenizer, in_own_form(forms), "plain"))
+    own = agreement(rows, likelihoods(model, tokenizer, in_own_form(forms), "bare"))
     short = agreement(rows, [-len(text) for row in rows for text in row["responses"]])
     return found | {"accuracy_own": own.accuracy, "shorter": short.accuracy}
 
