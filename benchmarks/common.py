@@ -15,7 +15,7 @@ from labkit import data, evaluation, models, tinytown, training
 from labkit.tinytown.tasks import in_own_form
 
 Row = dict[str, Any]
-SETTINGS = {"base": "tinytown", "rows": 2000, "test_rows": 300, "epochs": 2.0, "batch_size": 16}
+SETTINGS = {"base": "tinytown", "rows": 1600, "test_rows": 300, "epochs": 2.0, "batch_size": 16}
 
 
 def training_set(tokenizer: Any, point: Row) -> data.Encoded:

@@ -86,7 +86,7 @@ def scores(model: Any, tokenizer: Any, point: sweep.Row) -> sweep.Row:
 
 
 if __name__ == "__main__":
-    settings = {"base": "tinytown", "rows": 2500, "test_rows": 200}
+    settings = {"base": "tinytown", "rows": 2000, "test_rows": 200}
     args = sweep.arguments(__doc__, **settings, batch_size=16)
     sweep.over_seeds(measure, [{"stage": "base", "arm": "base"}], args)
     sweep.compare_tuned(measure, ("arm",), LEARNING_RATES, None, args)
