@@ -1,11 +1,13 @@
 """What does variety in the instructions buy? The recorded sweep of 06_instruction_tuning.
 
-Under every condition the base trains on the same number of examples and answers the same prompts:
+Under every condition the base trains on the same number of examples, at a learning rate of its own
+(as in `lora_rank.py`), and answers the same prompts, which the seed draws, as the examples:
 
 - 1, 2, 3, 4 phrasings: at most so many ways to ask, for each of 16 tasks and 2 languages
 - 4, 8 families: fewer tasks, drawn by the seed, in all phrasings and both languages
 - English only: all tasks and phrasings
 - chapter's loss: all examples, with the loss of 5.5.2: prompts are learned too, no EOS is
+- base: not trained; also asked in the form in which it knows the questions (`_own`)
 
 Conditions with less to draw from repeat their examples, so the steps are equal. Exact match: the
 whole response must be right, and must end. Lenient match: the right answer occurs somewhere in it.
@@ -14,6 +16,7 @@ whole response must be right, and must end. Lenient match: the right answer occu
 """
 
 import random
+from functools import cache
 from typing import Any
 
 import common
@@ -27,46 +30,63 @@ CONDITIONS: dict[str, dict[str, Any]] = {"1 phrasing": {"phrasings": 1}}
 CONDITIONS |= {f"{n} phrasings": {"phrasings": n} for n in (2, 3, 4)}
 CONDITIONS |= {f"{n} families": {"families": n} for n in (4, 8)}
 CONDITIONS |= {"English only": {"languages": ("en",)}, "chapter's loss": {}}
-POOL = 12_000  # examples that a condition chooses its own from
+LEARNING_RATES = {(name,): (5e-4, 1e-3) for name in CONDITIONS}
+
+
+@cache
+def pool(seed: int) -> list[sweep.Row]:
+    """What a condition chooses its examples from."""
+    return instruction_rows("train", 12_000, seed)
 
 
 def training_rows(condition: str, count: int, seed: int) -> list[sweep.Row]:
-    pool = instruction_rows("train", max(POOL, count), seed)
     limits = dict(CONDITIONS[condition])
     if "families" in limits:
-        names = sorted({row["task"] for row in pool})
+        names = sorted({row["task"] for row in pool(seed)})
         limits["families"] = random.Random(seed).sample(names, limits["families"])
-    return instruction.vary(pool, count, **limits)
+    return instruction.vary(pool(seed), count, **limits)
 
 
 def measure(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
+    if point["arm"] == "base":
+        return scores(model, tokenizer, point)
     chapter = point["arm"] == "chapter's loss"
     config = instruction.InstructionConfig(learn_prompt=chapter, learn_eos=not chapter)
     rows = training_rows(point["arm"], point["rows"], point["seed"])
     found = common.train(model, instruction.encode(rows, tokenizer, config), point)
     found |= {"distinct": len({row["prompt"] for row in rows})}
     found |= {"families": sorted({row["task"] for row in rows})}
-    return found | scores(model, tokenizer, point["test_rows"])
+    if point["stage"] == "compare":
+        return found | scores(model, tokenizer, point)
+    own = instruction.InstructionConfig(learn_eos=not chapter)
+    encoded = instruction.encode(common.questions(point, tuning=True), tokenizer, own)
+    return found | {"tuning_loss": evaluation.held_out_loss(model, encoded)}
 
 
-def scores(model: Any, tokenizer: Any, n: int) -> sweep.Row:
+def scores(model: Any, tokenizer: Any, point: sweep.Row) -> sweep.Row:
     """Exact and lenient matches and response loss on each held-out split, and by language."""
-    found = {}
-    for split in ("test", "heldout_people", "heldout_phrasings", "heldout_families"):
-        families = ["fact"] if split == "heldout_people" else None
-        rows = instruction_rows(split, n, families=families)
-        result = evaluation.exact(model, tokenizer, rows, max_new_tokens=80)
+    found, n, seed = {}, point["test_rows"], point["seed"]
+    asked = {"test": common.questions(point)}
+    asked["heldout_people"] = instruction_rows("heldout_people", n, seed, families=["fact"])
+    for split in ("heldout_phrasings", "heldout_families"):
+        asked[split] = instruction_rows(split, n, seed)
+    for split, rows in asked.items():
+        result = evaluation.exact(model, tokenizer, rows)
         lenient = [instruction.contains(r, a) for r, a in zip(rows, result.responses, strict=True)]
         encoded = instruction.encode(rows, tokenizer, instruction.InstructionConfig())
-        found |= {split: result.accuracy, f"{split}_loose": sum(lenient) / len(lenient)}
+        found |= {split: result.accuracy, f"{split}_right": common.marks(result)}
+        found[f"{split}_loose"] = sum(lenient) / len(lenient)
         found |= {f"{split}_{lang}": v[0] for lang, v in result.by("lang").items()}
         found[f"{split}_loss"] = evaluation.held_out_loss(model, encoded)
+        if point["arm"] == "base":
+            found |= common.accuracy_own(split, model, tokenizer, rows)
     found["end_probability"] = instruction.end_probability(model, encoded)
     return found
 
 
 if __name__ == "__main__":
-    settings = {"base": "tinytown", "rows": 2500, "test_rows": 200}
-    args = sweep.arguments(__doc__, **settings, learning_rate=5e-4, batch_size=16)
-    sweep.over_seeds(measure, [{"arm": name} for name in CONDITIONS], args)
+    settings = {"base": "tinytown", "rows": 2000, "test_rows": 200}
+    args = sweep.arguments(__doc__, **settings, batch_size=16)
+    sweep.over_seeds(measure, [{"stage": "base", "arm": "base"}], args)
+    sweep.compare_tuned(measure, ("arm",), LEARNING_RATES, None, args)

@@ -1,7 +1,7 @@
 """Full fine-tuning, LoRA, QLoRA, prefix and adapter on the same examples: the recorded runs of 12.
 
-Examples, questions and the search for learning rates are those of `lora_rank.py`. Each method has
-the size that its own notebook has by default. Recorded of each run that is compared:
+Examples, questions, the base and the search for learning rates are as in `lora_rank.py`. Each
+method has the size that its own notebook has by default. Recorded of each run that is compared:
 
     share                   of parameters that train, of all in full precision and those added
     tokens_per_second       in training, as labkit trains the method: short examples are packed,
@@ -23,13 +23,14 @@ import copy
 import statistics
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import common
 import sweep
 import torch
 
-from labkit import memory, models, tinytown, training
+from labkit import memory, models, training
 from labkit.techniques import adapter, full, lora, prefix, qlora
 
 LORA = lora.LoraConfig(rank=8, alpha=16.0)
@@ -41,24 +42,23 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "adapter": (adapter, adapter.AdapterConfig(24)),
 }
 # As in the sweeps of the methods' own notebooks.
-LEARNING_RATES = {(name,): (2e-3, 4e-3, 8e-3) for name in METHODS}
-LEARNING_RATES |= {("full",): (2.5e-4, 5e-4, 1e-3), ("prefix",): (0.15, 0.3, 0.6)}
+LEARNING_RATES = {(name,): (4e-3, 8e-3) for name in METHODS}
+LEARNING_RATES |= {("full",): (5e-4, 1e-3), ("prefix",): (0.15, 0.3)}
+HELD_OUT = ("phrasings", "families")
 STEPS, ROUNDS = 10, 6  # of training, in turns
 
 
 def measure(point: sweep.Row) -> sweep.Row:
     method, compared = point["method"], point["stage"] == "compare"
     original, tokenizer = models.load(point["base"])
-    train = common.training_set(tokenizer, point["rows"])
+    train = common.training_set(tokenizer, point)
     found = training_costs(point, train) if compared else {}
     model = attached(method, point["base"], point["seed"])
-    found["perplexity_start"], _ = common.perplexity(model, tokenizer)
-    found |= common.train(model, train, point)
-    found |= common.scores(model, tokenizer, point["test_rows"])
     if compared:
-        for name in ("phrasings", "families"):
-            rows = tinytown.instruction_rows(f"heldout_{name}", point["test_rows"])
-            found[name] = common.accuracy(model, tokenizer, rows)
+        found["perplexity_start"], _ = common.perplexity(model, tokenizer)
+    found |= common.train(model, train, point)
+    found |= common.scores(model, tokenizer, point, HELD_OUT)
+    if compared:
         found["perplexity"], _ = common.perplexity(model, tokenizer)
         found |= sizes(model, original, tokenizer) | latency(method, model, original)
     return found
@@ -132,5 +132,6 @@ def seconds(model: Any, batch: torch.Tensor, new: int = 8) -> tuple[float, float
 
 if __name__ == "__main__":
     args = sweep.arguments(__doc__, **common.SETTINGS)
-    conditions = {key: key for key in LEARNING_RATES}
-    sweep.compare_tuned(measure, ("method",), LEARNING_RATES, conditions, args)
+    base = partial(common.baseline, held_out=HELD_OUT)
+    sweep.over_seeds(base, [{"stage": "base"}], args)
+    sweep.compare_tuned(measure, ("method",), LEARNING_RATES, None, args)

@@ -1,9 +1,9 @@
 """How long should a prefix be, and does an MLP help to train it? The recorded sweep of 04.
 
-Examples, questions and the search for learning rates are those of `lora_rank.py`. "plain" trains
-the keys and values themselves, "mlp" the table and the MLP (width 256) that make them, and "text"
-is plain, but starts from the keys and values of real words, the first tokens of the training set.
-A length for which no learning rate is searched takes that of the nearest one.
+Examples, questions, the base and the search for learning rates are as in `lora_rank.py`. "plain"
+trains the keys and values themselves, "mlp" the table and the MLP (width 256) that make them, and
+"text" is plain, but starts from the keys and values of real words, the first tokens of the
+training set.
 
     python benchmarks/prefix_length.py --json benchmarks/results/prefix_length.json
 """
@@ -18,28 +18,26 @@ from labkit.techniques import prefix
 
 HIDDEN = 256  # of the MLP
 LEARNING_RATES = {
-    ("plain", 4): (0.15, 0.3, 0.6),
-    ("plain", 16): (0.15, 0.3, 0.6),
-    ("plain", 64): (0.15, 0.3, 0.6),
-    ("mlp", 16): (2e-3, 4e-3, 8e-3),
-    ("text", 16): (0.15, 0.3, 0.6),
+    **{("plain", length): (0.3, 0.6) for length in (1, 4)},
+    **{("plain", length): (0.15, 0.3) for length in (16, 64)},
+    **{("mlp", length): (4e-3, 8e-3) for length in (16, 64)},
+    ("text", 16): (0.15, 0.3),
 }
-NEAREST = {("plain", 1): ("plain", 4), ("mlp", 4): ("mlp", 16), ("mlp", 64): ("mlp", 16)}
-CONDITIONS = {key: key for key in LEARNING_RATES} | NEAREST
 
 
 def measure(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
-    train = common.training_set(tokenizer, point["rows"])
+    train = common.training_set(tokenizer, point)
     kind, length = point["kind"], point["length"]
     words = np.concatenate([train[i].ids for i in range(min(len(train), length))])[:length]
     torch.manual_seed(point["seed"])
     config = prefix.PrefixConfig(length, HIDDEN if kind == "mlp" else 0)
     text = torch.from_numpy(words) if kind == "text" else None
     model = prefix.attach(model, config, text=text)
-    return common.train(model, train, point) | common.scores(model, tokenizer, point["test_rows"])
+    return common.train(model, train, point) | common.scores(model, tokenizer, point)
 
 
 if __name__ == "__main__":
     args = sweep.arguments(__doc__, **common.SETTINGS)
-    sweep.compare_tuned(measure, ("kind", "length"), LEARNING_RATES, CONDITIONS, args)
+    sweep.over_seeds(common.baseline, [{"stage": "base"}], args)
+    sweep.compare_tuned(measure, ("kind", "length"), LEARNING_RATES, None, args)

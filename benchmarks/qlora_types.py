@@ -1,11 +1,12 @@
 """What does a base of four bits cost, by data type and block size? The recorded sweep of 03_qlora.
 
 Every run puts the base's linear layers into one data type with one block size (scales in 8 bits),
-trains LoRA on it and scores it; "none" is LoRA on the weights as they are. What is trained on is Ŵ
-in full precision, which is what a layer in four bits computes with: forward and gradients are
-equal, as the tests show, and every type and size can be had. Recorded as well: the error of the
-weights, |Ŵ - W|² over |W|² under the root, and the perplexity of the base on held-out pretraining
-text once it is quantized, before anything is trained.
+trains LoRA on it and scores it; "none" is LoRA on the weights as they are. Examples, questions, the
+base and the search for learning rates are as in `lora_rank.py`. What is trained on is Ŵ in full
+precision, which is what a layer in four bits computes with: forward and gradients are equal, as
+the tests show, and every type and size can be had. Recorded as well: the error of the weights,
+|Ŵ - W|² over |W|² under the root, and the perplexity of the base on held-out pretraining text once
+it is quantized, before anything is trained.
 
     python benchmarks/qlora_types.py --json benchmarks/results/qlora_types.json
 """
@@ -19,8 +20,8 @@ import torch
 from labkit import models
 from labkit.techniques import lora, quantization
 
-TYPES = [("none", 0)]
-TYPES += [(name, size) for size in (64, 512, 4096) for name in ("nf4", "fp4", "int4")]
+TYPES = [("none", 0), *((name, size) for size in (64, 4096) for name in ("nf4", "fp4", "int4"))]
+LEARNING_RATES = dict.fromkeys(TYPES, (4e-3, 8e-3))
 
 
 def measure(point: sweep.Row) -> sweep.Row:
@@ -29,11 +30,12 @@ def measure(point: sweep.Row) -> sweep.Row:
     if point["data_type"] != "none":
         found["error"] = quantize(model, point["data_type"], point["block_size"])
         found["bits"] = quantization.bits_per_weight(point["block_size"])
-    found["perplexity"], _ = common.perplexity(model, tokenizer)
+    if point["stage"] == "compare":
+        found["perplexity"], _ = common.perplexity(model, tokenizer)
     torch.manual_seed(point["seed"])
     model = lora.attach(model, lora.LoraConfig(rank=8, alpha=16.0))
-    found |= common.train(model, common.training_set(tokenizer, point["rows"]), point)
-    return found | common.scores(model, tokenizer, point["test_rows"])
+    found |= common.train(model, common.training_set(tokenizer, point), point)
+    return found | common.scores(model, tokenizer, point)
 
 
 @torch.no_grad()
@@ -51,6 +53,7 @@ def quantize(model: Any, data_type: str, block_size: int) -> float:
 
 
 if __name__ == "__main__":
-    args = sweep.arguments(__doc__, **common.SETTINGS, learning_rate=4e-3)
-    conditions = [{"data_type": name, "block_size": size} for name, size in TYPES]
-    sweep.over_seeds(measure, conditions, args)
+    args = sweep.arguments(__doc__, **common.SETTINGS)
+    sweep.over_seeds(common.baseline, [{"stage": "base"}], args)
+    fields = ("data_type", "block_size")
+    sweep.compare_tuned(measure, fields, LEARNING_RATES, None, args)

@@ -1,26 +1,30 @@
 """Runs one function over the points of a sweep; compares a repetition with what is recorded.
 
 A question is a module of this folder with a `measure(point)` that returns results. They are
-written after every point, with hardware, versions and commit: a sweep that was killed skips what
-is there when it is started again. Small models use one core better than two, so two workers with
-a core each beat two threads.
+written after every point, with hardware, versions, commit and the base's checksum: a sweep that
+was killed skips what is there when it is started again, and refuses a file of another base. Small
+models use one core better than two, so two workers with a core each beat two threads.
 
     python benchmarks/lora_rank.py --json lora_rank.json --seeds 1      # seed 0 only
+    python benchmarks/sweep.py all --only lora_rank dpo    # those, into benchmarks/results
     python benchmarks/sweep.py compare lora_rank.json benchmarks/results/lora_rank.json
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from labkit import record
+from labkit import record, tinytown
 
 Row = dict[str, Any]
 Measure = Callable[[Row], Row]
@@ -28,6 +32,8 @@ Key = tuple[Any, ...]  # a condition: the values of the fields that tell it from
 Rates = Mapping[Key, Sequence[float]]  # the learning rates to search
 Conditions = Mapping[Key, Key | float]
 TUNING_SEED = 100  # no comparison uses it
+SWEEPS = ["full_finetuning", "lora_rank", "qlora_types", "prefix_length", "adapter_bottleneck"]
+SWEEPS += ["instruction_tuning", "rlhf", "reward_noise", "dpo", "orpo", "peft_comparison"]
 
 
 def arguments(doc: str | None, seeds: int = 3, workers: int = 2, **settings: Any) -> Any:
@@ -65,22 +71,38 @@ def run(measure: Measure, points: Sequence[Row], file: Path, workers: int = 1) -
     """`measure(point)` for every point that is not yet in `file`; returns all runs of the file.
 
     A run is a point, its results, and the seconds that they took. With several workers, `measure`
-    must be importable, or a `functools.partial` of such a function.
+    must be importable, or a `functools.partial` of such a function. Raises ValueError for a file
+    that was recorded with another base.
     """
     rows = runs_in(file)
+    base = checksum(points[0].get("base", "tinytown")) if points else ""
+    if points and rows and (other := _head(file).get("base")) != base:
+        raise ValueError(f"{file} is of the base {other}, this one is {base}: move the file away")
     todo = [p for p in points if not any(p.items() <= row.items() for row in rows)]
     for found in _each(partial(_timed, measure), todo, workers if todo else 1):
         rows.append(found)
         head = {"hardware": record.hardware(), "versions": record.versions()}
-        head |= {"commit": record.commit(), "fields": list(points[0]), "runs": rows}
+        fields = list(dict.fromkeys(name for point in points for name in point))
+        head |= {"commit": record.commit(), "base": base, "fields": fields, "runs": rows}
         file.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(file, json.dumps(head, indent=1, default=str) + "\n")
         print(f"{len(rows)} {found}", flush=True)
     return rows
 
 
+def checksum(base: str) -> str:
+    """What tells a base from others: the first digits of its weights' SHA-256, or its hub id."""
+    folder = tinytown.base_folder() if base == "tinytown" else Path(base)
+    weights = folder / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.exists() else base
+
+
 def runs_in(file: Path) -> list[Row]:
-    return json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
+    return _head(file).get("runs", [])
+
+
+def _head(file: Path) -> Row:
+    return json.loads(file.read_text("utf-8")) if file.exists() else {}
 
 
 def selected(points: Iterable[Row], only: Mapping[str, str]) -> list[Row]:
@@ -115,20 +137,33 @@ def compare_tuned(
     measure: Measure,
     fields: Sequence[str],
     learning_rates: Rates,
-    conditions: Conditions,
+    conditions: Conditions | None,
     args: Any,
 ) -> None:
     """Finds learning rates among `learning_rates`, then runs all `conditions` over the seeds.
 
     A condition is compared at the learning rate given for it, or at the one found for the
-    condition named. Found is the one of least `tuning_loss` at a seed that the comparison does
-    not use. Where that is the end of its list, the list goes on by a factor of two, at most twice.
+    condition named; None compares every condition at its own.
     """
+    conditions = conditions or {key: key for key in learning_rates}
     named = {key: dict(zip(fields, key, strict=True)) for key in {**learning_rates, **conditions}}
     wanted = {key: via for key, via in conditions.items() if selected([named[key]], args.only)}
-    todo = {key: lrs for key, lrs in learning_rates.items() if key in wanted.values()}
-    common: Row = {"seed": TUNING_SEED} | args.settings
-    tuning = {key: {"stage": "tune"} | named[key] | common for key in todo}
+    tuned = {key: named[key] for key in learning_rates if key in wanted.values()}
+    best = best_rates(measure, tuned, learning_rates, args)
+    rates = {key: {"learning_rate": best.get(via, via)} for key, via in wanted.items()}
+    over_seeds(measure, [{"stage": "compare"} | named[k] | rate for k, rate in rates.items()], args)
+
+
+def best_rates(
+    measure: Measure, conditions: Mapping[Key, Row], learning_rates: Rates, args: Any
+) -> dict[Key, float]:
+    """Of every condition the learning rate of least `tuning_loss`, at a seed of its own.
+
+    Where that is the end of its list, the list goes on by a factor of two, at most twice.
+    """
+    common: Row = {"stage": "tune", "seed": TUNING_SEED} | args.settings
+    tuning = {key: row | common for key, row in conditions.items()}
+    todo: Rates = {key: learning_rates[key] for key in tuning}
     best: dict[Key, float] = {}
     while todo:
         points = [tuning[key] | {"learning_rate": lr} for key, lrs in todo.items() for lr in lrs]
@@ -141,16 +176,31 @@ def compare_tuned(
             beyond = {min(tried): best[key] / 2, max(tried): best[key] * 2}.get(best[key], 0.0)
             if min(learning_rates[key]) / 4 <= beyond <= max(learning_rates[key]) * 4:
                 todo[key] = (beyond,)
-    rates = {key: {"learning_rate": best.get(via, via)} for key, via in wanted.items()}
-    compared = [{"stage": "compare"} | named[key] | rate for key, rate in rates.items()]
-    over_seeds(measure, compared, args)
+    return best
+
+
+def run_all(only: Sequence[str], seeds: int) -> None:
+    """Every sweep that is there, one after the other, into `benchmarks/results`."""
+    place = Path(__file__).parent
+    scripts = [file for name in only or SWEEPS if (file := place / f"{name}.py").exists()]
+    results = [_run_script(file, seeds) for file in scripts]
+    sys.exit(any(results))
+
+
+def _run_script(script: Path, seeds: int) -> int:
+    started, file = time.perf_counter(), script.parent / f"results/{script.stem}.json"
+    command = [sys.executable, str(script), "--json", str(file), "--seeds", str(seeds)]
+    code = subprocess.run(command, check=False).returncode
+    minutes, outcome = (time.perf_counter() - started) / 60, f"failed ({code})" if code else "done"
+    print(f"== {script.stem}: {outcome}, {minutes:.1f} min, {len(runs_in(file))} runs", flush=True)
+    return code
 
 
 def compare(new: Path, recorded: Path) -> None:
     """Prints each number of `new` next to the recorded one and its deviation over the seeds."""
     fields, before = json.loads(new.read_text("utf-8"))["fields"], runs_in(recorded)
     for row in runs_in(new):
-        point = {name: row[name] for name in fields}
+        point = {name: row[name] for name in fields if name in row}
         alike = [r for r in before if point.items() <= (r | {"seed": point.get("seed")}).items()]
         same = next((r for r in alike if point.items() <= r.items()), {})
         label = ", ".join(f"{name}={value}" for name, value in point.items())
@@ -165,7 +215,12 @@ def compare(new: Path, recorded: Path) -> None:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    command = p.add_subparsers(required=True).add_parser("compare", help="with recorded results")
+    commands = p.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("compare", help="with recorded results")
     command.add_argument("new", type=Path)
     command.add_argument("recorded", type=Path)
-    compare(**vars(p.parse_args()))
+    command = commands.add_parser("all", help="every sweep, into benchmarks/results")
+    command.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=SWEEPS)
+    command.add_argument("--seeds", type=int, default=3)
+    options = vars(p.parse_args())
+    {"compare": compare, "all": run_all}[options.pop("command")](**options)
