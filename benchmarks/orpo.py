@@ -13,8 +13,8 @@ seeds; an SFT model sampled them, as others write the data of a real ORPO run.
 
 Compute is tokens forwarded, those of DPO's reference pass included: ORPO's 3 passes over pairs are
 6 over single responses, and so are 2 of SFT on the chosen, 2 of DPO and 2 of its reference. Each
-run states `tokens` (with gradients) and `reference_tokens`, seconds of all its stages, and the
-allocator's peak over three steps of its last stage (DPO's reference pass included), by
+run states `tokens` (with gradients) and `reference_tokens`, and seconds of all its stages; seed 0
+the allocator's peak over three steps of the last stage (DPO's reference pass included), by
 `memory.measured`. DPO keeps no second model here; one that did would hold `model_bytes` more.
 
 Kept are the curves of ORPO's training, the share of the odds-ratio term in its loss among them; on
@@ -47,10 +47,10 @@ from labkit.techniques import orpo
 Row = sweep.Row
 FIELDS = ("arm", "lam")
 SMALL, LARGE, TWO, MORE = ("orpo", 0.1), ("orpo", 1.0), ("chosen, DPO", 0.0), ("SFT, DPO", 0.0)
-RATES = {key: (2.5e-4, 5e-4, 1e-3) for key in (("orpo", 0.0), SMALL, LARGE)}
+RATES = {key: (2.5e-4, 5e-4, 1e-3) for key in (SMALL, LARGE)}
 RATES |= {key: (3e-5, 1e-4, 3e-4) for key in (TWO, MORE)}
 CONDITIONS: Any = {("SFT", 0.0): 0.0} | {key: key for key in RATES}
-CONDITIONS |= {("orpo", lam): SMALL for lam in (0.05, 0.25)}
+CONDITIONS |= {("orpo", lam): SMALL for lam in (0.0, 0.05, 0.25)}
 CONDITIONS |= {("orpo", lam): LARGE for lam in (0.5, 2.0)}
 KEPT = ("loss", "nll", "odds_ratio", "odds_share", "accuracy", "logp_chosen", "logp_rejected")
 SHOWN = ("accuracy", "log_odds_ratio", "logp_chosen", "logp_rejected")
@@ -71,26 +71,26 @@ def measure(point: Row, file: Path) -> Row:
 
 
 def trained(model: Any, tokenizer: Any, ranked: list[Row], sft: Row, point: Row) -> Row:
-    """The stages of an arm; `sft` are the results of the stage before, of `SFT, DPO`."""
+    """The stages of an arm, added up; `sft` are the results of the first of `SFT, DPO`."""
     settings = {k: point[k] for k in ("learning_rate", "seed", "batch_size")}
     if point["arm"] == TWO[0]:
         options = settings | {"learning_rate": 5e-4, "epochs": point["sft_epochs"]}
         sft = common.train(model, data.encode(dpo.chosen_only(ranked), tokenizer), options)
+    config: Any = labkit_dpo.DPOConfig(**settings)
+    learn: Any = labkit_dpo.train
     if point["arm"] == "orpo":
-        config: Any = orpo.ORPOConfig(lam=point["lam"], epochs=point["epochs"], **settings)
-        before, learn = 0.0, orpo.train
-    else:
-        config, before, learn = labkit_dpo.DPOConfig(**settings), sft["tokens"], labkit_dpo.train
+        config = orpo.ORPOConfig(lam=point["lam"], epochs=point["epochs"], **settings)
+        sft, learn = {"tokens": 0, "train_seconds": 0.0}, orpo.train
     rows, first, started = dpo.one_pair_each(ranked), copy.deepcopy(model), time.perf_counter()
     result = learn(model, tokenizer, rows, config, progress=False)
-    seconds = time.perf_counter() - started + (sft["train_seconds"] if before else 0.0)
+    seconds = sft["train_seconds"] + time.perf_counter() - started
     found = common.results(result) | {"pairs": len(rows), "train_seconds": round(seconds, 2)}
-    found |= {"tokens": result.tokens + before, "reference_tokens": result.tokens if before else 0}
-    if point["stage"] == "tune":
-        return found
-    with memory.measured(first) as used:
-        learn(first, tokenizer, rows[: 3 * point["batch_size"]], config, progress=False)
-    found |= {"peak_bytes": used.peak_bytes, "model_bytes": memory.held(model)}
+    found["tokens"] += sft["tokens"]
+    found["reference_tokens"] = 0 if point["arm"] == "orpo" else result.tokens
+    if point["stage"] == "compare" and point["seed"] == 0:  # a profiler is slow
+        with memory.measured(first) as used:
+            learn(first, tokenizer, rows[: 3 * point["batch_size"]], config, progress=False)
+        found |= {"peak_bytes": used.peak_bytes, "model_bytes": memory.held(model)}
     return found | ({"history": thinned(result.history)} if point["arm"] == "orpo" else {})
 
 

@@ -115,10 +115,10 @@ def read(place: Path, name: str) -> Any:
 
 def rewards(place: Path, seed: int, point: Row) -> Path:
     """The seed's reward models: `reward`, `untrained`, and `no SFT anywhere`."""
-    written = preferences.rankings(point["rankings"], point["noise"], seed=1000 + seed)
     config = reward.RewardConfig(learning_rate=point["reward_rate"], seed=seed)
 
     def make(folder: Path) -> None:
+        written = preferences.rankings(point["rankings"], point["noise"], seed=1000 + seed)
         starts = (str(place / "sft"), read(place, "rankings")), ("tinytown", written)
         for name, (start, rankings) in zip(("reward", WITHOUT[0]), starts, strict=True):
             model, tokenizer = models.load(start)
@@ -257,7 +257,7 @@ def scores(
 
 
 if __name__ == "__main__":
-    rollouts = {"reward_rate": 1e-3, "steps": 25, "batch_size": 128, "minibatch_size": 32}
+    rollouts = {"reward_rate": 1e-3, "steps": 20, "batch_size": 128, "minibatch_size": 32}
     counts = {"critic_free_epochs": 1, "prompts": 2000, "test_prompts": 300}
     args = sweep.arguments(__doc__, **MADE, **rollouts, **counts)
     for seed in (sweep.TUNING_SEED, *range(args.seeds)):  # workers would all begin with the same
