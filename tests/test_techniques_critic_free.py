@@ -1,5 +1,7 @@
 """RLOO and GRPO: advantages by hand and against TRL's own, and training with a reward of texts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_the_library_has_the_same_advantages(tiny_folder, monkeypatch, method):
         given.append([float(len(r) % 7) + i / 10 for i, r in enumerate(responses)])
         return given[-1]
 
-    config = CriticFreeConfig(method, **{**SMALL, "steps": 1}, beta=0.0)
+    config = CriticFreeConfig(method, **{**SMALL, "steps": 1}, beta=0.0, missing_end_penalty=0.0)
     critic_free.train(model, tokenizer, PROMPTS, reward, config)
     advantages = getattr(critic_free, f"{method}_advantages")
     expected = advantages(torch.tensor(given[0]).view(-1, 4)).flatten()
@@ -94,6 +96,53 @@ def test_it_learns_what_is_rewarded(tiny_folder, method):
 
 def nothing(prompts, responses):
     return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize("method", critic_free.METHODS)
+def test_a_missing_end_is_paid_for(tiny_model, tiny_tokenizer, monkeypatch, method):
+    """Without another reward, advantages are those of minus the penalty, which is not recorded."""
+    import trl
+
+    trainer, met = getattr(trl, f"{method.upper()}Trainer"), []
+    real = trainer._generate_and_score_completions
+    monkeypatch.setattr(
+        trainer,
+        "_generate_and_score_completions",
+        lambda self, inputs: met.append(real(self, inputs)) or met[-1],
+    )
+    sizes = dict(SMALL, steps=1, batch_size=32, minibatch_size=16, max_new_tokens=24)
+    config = CriticFreeConfig(method, **sizes, beta=0.0, missing_end_penalty=2.0)
+    entry = critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, nothing, config)[0]
+    ended = (met[0]["completion_ids"] == tiny_tokenizer.eos_token_id).any(1).float()
+    assert entry["end_rate"] == pytest.approx(ended.mean().item()) and 0 < ended.mean() < 1
+    expected = getattr(critic_free, f"{method}_advantages")(-2 * (1 - ended).view(-1, 4))
+    torch.testing.assert_close(met[0]["advantages"], expected.flatten(), atol=1e-5, rtol=1e-5)
+    assert entry["reward"] == 0
+
+
+@pytest.mark.parametrize("sizes", [dict(minibatch_size=4), dict(minibatch_size=8)])
+def test_both_methods_report_the_same_divergence(tiny_model, tiny_tokenizer, monkeypatch, sizes):
+    """k1, the mean of log pi - log pi_ref: over one step from a moved policy, of the same samples.
+
+    With the reference moved instead of the policy, the first rollout is the same for both, and
+    its divergence is not 0. Minibatches of 8 make a step one update.
+    """
+    found = {}
+    real = critic_free.copy.deepcopy
+
+    def moved(model):
+        reference = real(model)
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.mul_(0.9)
+        return reference
+
+    monkeypatch.setattr(critic_free, "copy", SimpleNamespace(deepcopy=moved))
+    for method in critic_free.METHODS:
+        config = CriticFreeConfig(method, **{**SMALL, **sizes, "steps": 1}, beta=0.1)
+        model = tiny_model()
+        found[method] = critic_free.train(model, tiny_tokenizer, PROMPTS, nothing, config)[0]["kl"]
+    assert found["rloo"] == pytest.approx(found["grpo"], rel=1e-4) and abs(found["rloo"]) > 1e-3
 
 
 @pytest.mark.parametrize("single", ["<|begin|> $A", "<|begin|> $A <|end|>"])

@@ -5,7 +5,8 @@
 
 Every token of a response gets its response's advantage. Both hold one set of weights less than
 PPO with a critic of its own, and pay with K samples for each prompt. The arithmetic is here to be
-read; the training is TRL's own, given what `techniques.ppo` is given. Left out: its other options.
+read; the training is TRL's own, given what `techniques.ppo` is given. GRPO's loss is its paper's,
+a mean over each response, not TRL's default over the batch. Left out: its other options.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 from unittest import mock
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import GenerationConfig, PrinterCallback
@@ -45,6 +48,7 @@ class CriticFreeConfig:
     epochs: Count = 1
     learning_rate: Positive = 1e-4
     beta: NonNegative = 0.05
+    missing_end_penalty: NonNegative = 1.0
     max_new_tokens: Count = 48
     template: Literal["auto", "chat", "alpaca", "alpaca_zh", "plain"] = "auto"
     seed: Natural = 0
@@ -72,9 +76,11 @@ def train(
     reward: Reward,
     config: CriticFreeConfig | None = None,
 ) -> list[dict[str, float]]:
-    """Trains `model` in place by TRL's trainer; returns `reward`, `length` and `kl` of each step.
+    """Trains `model` in place by TRL's trainer; returns metrics of each step.
 
-    The reference is `model` as it comes, adapters too. Prompts and reward: as in `ppo.train`.
+    They are means over its responses: `reward`, without the penalty, `end_rate`, `length`, and
+    `kl`, the sum of k1. The reference is `model` as it comes, adapters too. Prompts and reward: as
+    in `ppo.train`.
     """
     import trl
     from datasets import Dataset
@@ -90,9 +96,19 @@ def train(
     ids = {prompt.text: prompt.ids for prompt in encoded}  # the tokenizer alone may add a BOS
     ends = sorted(eos_ids(model, tokenizer, config.template))
 
-    def score(prompts: list, completions: list[str], number: list[int], **_: Any) -> list[float]:
+    history: list[dict[str, float]] = []
+
+    def score(
+        prompts: list, completions: list[str], completion_ids: list, number: list[int], **_: Any
+    ) -> list[float]:
         contents, rows = zip(*((encoded[i].content, encoded[i].row) for i in number), strict=True)
-        return compute_rewards(reward, contents, completions, rows)
+        rewards = compute_rewards(reward, contents, completions, rows)
+        ended = [tokens[-1] in ends for tokens in completion_ids]
+        seen = {"reward": fmean(rewards), "end_rate": fmean(ended)}
+        seen["length"] = fmean(map(len, completion_ids))
+        history.append({"step": len(history) + 1, **seen, "kl": math.nan})
+        missing = [config.missing_end_penalty * (not end) for end in ended]
+        return [r - m for r, m in zip(rewards, missing, strict=True)]
 
     method = config.method.upper()
     trainer, arguments = getattr(trl, f"{method}Trainer"), getattr(trl, f"{method}Config")
@@ -109,17 +125,40 @@ def train(
         options |= dict(per_device_train_batch_size=config.minibatch_size)
         options |= dict(steps_per_generation=pieces, num_generations=config.generations)
         options |= dict(max_steps=config.steps * pieces * config.epochs)
+        options |= {"loss_type": "grpo"} if config.method == "grpo" else {}
         given = arguments(folder, num_iterations=config.epochs, **options)
         data = Dataset.from_dict(columns)
         with mock.patch(load_reference, lambda *place, **options: copy.deepcopy(model)):
             run = trainer(model, score, given, train_dataset=data, processing_class=tokenizer)
         run._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
         run.remove_callback(PrinterCallback)
+        generate = run._generate_and_score_completions
+
+        def generate_and_note_kl(inputs: Any) -> Any:
+            found = generate(inputs)
+            if config.beta:
+                kl = _k1_of_grpo(run, found) if config.method == "grpo" else _k1_of_rloo(run)
+                history[-1]["kl"] = kl
+            return found
+
+        run._generate_and_score_completions = generate_and_note_kl
         run.train()
-    # TRL logs every update; those with a reward begin a step. Its KL is a mean over tokens.
-    entries = [entry for entry in run.state.log_history if "reward" in entry]
-    history = []
-    for step, entry in enumerate(entries, start=1):
-        length, kl = entry["completions/mean_length"], entry.get("kl", math.nan)
-        history.append(dict(step=step, reward=entry["reward"], length=length, kl=kl * length))
     return history
+
+
+def _k1_of_rloo(run: Any) -> float:
+    """What TRL has just noted is a mean over tokens."""
+    return run._metrics["train"]["kl"][-1] * run._metrics["train"]["completions/mean_length"][-1]
+
+
+@torch.no_grad()
+def _k1_of_grpo(run: Any, found: dict[str, Any]) -> float:
+    """TRL notes k3, of a step's first minibatch alone."""
+    logp, mask = found.get("old_per_token_logps"), found["completion_mask"]
+    if logp is None:  # a step of one update needs none
+        ids, seen = (
+            torch.cat([found[f"{part}_{kind}"] for part in ("prompt", "completion")], 1)
+            for kind in ("ids", "mask")
+        )
+        logp = run._get_per_token_logps_and_entropies(run.model, ids, seen, mask.shape[1])[0]
+    return ((logp - found["ref_per_token_logps"]) * mask).sum(1).mean().item()
