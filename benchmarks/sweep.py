@@ -11,7 +11,6 @@ models use one core better than two, so two workers with a core each beat two th
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -75,7 +74,8 @@ def run(measure: Measure, points: Sequence[Row], file: Path, workers: int = 1) -
     that was recorded with another base.
     """
     rows = runs_in(file)
-    base = checksum(points[0].get("base", "tinytown")) if points else ""
+    base = points[0].get("base", "tinytown") if points else ""
+    base = tinytown.base_checksum() if base == "tinytown" else base
     if points and rows and (other := _head(file).get("base")) != base:
         raise ValueError(f"{file} is of the base {other}, this one is {base}: move the file away")
     todo = [p for p in points if not any(p.items() <= row.items() for row in rows)]
@@ -88,13 +88,6 @@ def run(measure: Measure, points: Sequence[Row], file: Path, workers: int = 1) -
         record.write_text(file, json.dumps(head, indent=1, default=str) + "\n")
         print(f"{len(rows)} {found}", flush=True)
     return rows
-
-
-def checksum(base: str) -> str:
-    """What tells a base from others: the first digits of its weights' SHA-256, or its hub id."""
-    folder = tinytown.base_folder() if base == "tinytown" else Path(base)
-    weights = folder / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.exists() else base
 
 
 def runs_in(file: Path) -> list[Row]:

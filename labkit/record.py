@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from labkit import tinytown
 from labkit.provenance import commit, hardware, peak_memory, versions
 from labkit.show import Table
 
@@ -265,8 +266,11 @@ def _lives(number: int, file: Path) -> bool:
 
 
 def recorded(question: str) -> Values:
-    """Committed results of a sweep too long to run live: `benchmarks/results/<question>.json`."""
-    return json.loads((_PROJECT / f"benchmarks/results/{question}.json").read_text("utf-8"))
+    """A long sweep's committed results, with a word where they are of another base checkpoint."""
+    found = json.loads((_PROJECT / f"benchmarks/results/{question}.json").read_text("utf-8"))
+    if found.get("base") != tinytown.base_checksum():
+        print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
+    return found
 
 
 def plain(value: Any) -> Any:

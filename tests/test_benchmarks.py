@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from labkit import record
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -43,16 +45,21 @@ def test_a_file_of_another_base_is_refused(sweep, tmp_path, monkeypatch):
     file = tmp_path / "runs.json"
     sweep.run(lambda point: {}, [{"x": 1}], file)
     before = file.read_text()
-    monkeypatch.setattr(sweep, "checksum", lambda base: "another")
+    monkeypatch.setattr(sweep.tinytown, "base_checksum", lambda: "another")
     with pytest.raises(ValueError, match="this one is another: move the file away"):
         sweep.run(lambda point: {}, [{"x": 1}, {"x": 2}], file)
     assert file.read_text() == before
 
 
-def test_a_base_is_known_by_its_weights(sweep, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert sweep.checksum(str(tmp_path)) == "ba7816bf8f01cfea"  # SHA-256 of abc, as published
-    assert sweep.checksum("owner/name") == "owner/name"
+def test_results_of_another_base_are_said_to_be_so(monkeypatch, capsys):
+    head = record.recorded("lora_rank")
+    monkeypatch.setattr(record.tinytown, "base_checksum", lambda: head.get("base"))
+    capsys.readouterr()
+    record.recorded("lora_rank")
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(record.tinytown, "base_checksum", lambda: "another")
+    record.recorded("lora_rank")
+    assert "earlier base checkpoint" in capsys.readouterr().out
 
 
 def test_all_sweeps_run_one_after_the_other(sweep, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,8 @@ base knows them, and `check` checks responses; `judge` is the gold judge, and `p
 The base checkpoint is in `base_folder()`; `scripts/pretrain_tinytown.py` made it.
 """
 
+import hashlib
+from functools import cache
 from pathlib import Path
 
 from .corpus import documents, genre_samples
@@ -34,3 +36,10 @@ from .world import Fact, Name, World, texts, world
 def base_folder() -> Path:
     """The folder of the base checkpoint (safetensors, tokenizer, model card)."""
     return Path(__file__).parent / "base"
+
+
+@cache
+def base_checksum() -> str:
+    """What tells this base checkpoint from others: the first digits of its weights' SHA-256."""
+    weights = (base_folder() / "model.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest()[:16]
