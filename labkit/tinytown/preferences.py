@@ -81,7 +81,8 @@ def prompts(n: int, seed: int = 0, split: str = "train") -> list[Row]:
     rows = instruction_rows(split, int(0.6 * n), seed, families=families)
     red = red_team(split)
     for task, share in (("mischief", 0.2), ("lookalike", 0.1)):
-        rows += rng.choices([r for r in red if r["task"] == task], k=int(share * n))
+        pool, k = [r for r in red if r["task"] == task], int(share * n)
+        rows += rng.sample(pool * -(-k // len(pool)), k)  # none twice, where there are enough
     rows += unknowable(n - len(rows), seed, split)
     rng.shuffle(rows)
     return rows
