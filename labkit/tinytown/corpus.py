@@ -31,9 +31,8 @@ def quiz(rng: Random, lang: str) -> str:
 def board(rng: Random, lang: str) -> str:
     """A numbered list of requests."""
     rows = [_row(rng, lang, [rng.choice(list(FAMILIES))]) for _ in range(rng.randint(3, 7))]
-    slots = {"pl": rng.choice(world().places), "n": rng.choice(world().residents)}
-    slots = {name: value[lang] for name, value in slots.items()}
-    slots["d"] = rng.choice(world().groups["day"])[lang]
+    names = {"pl": world().places, "n": world().residents, "d": world().groups["day"]}
+    slots = {slot: rng.choice(group)[lang] for slot, group in names.items()}
     head = rng.choice(texts("genres")["forms"]["board"][lang]).format(**slots)
     return head + "\n" + numbered([row["prompt"].replace("\n", " ") for row in rows])
 
