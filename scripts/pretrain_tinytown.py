@@ -339,8 +339,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     stages = ["train", "ask", "card"]
     p.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all")
-    p.add_argument("--steps", type=int, default=3000)
-    p.add_argument("--decay", type=float, default=0.4, help="share of the steps, at the end")
+    p.add_argument("--steps", type=int, default=2700)
+    p.add_argument("--decay", type=float, default=0.3333333, help="share of the steps, at the end")
     p.add_argument("--rows", type=int, default=16, help="blocks per step")
     p.add_argument("--length", type=int, default=256, help="tokens per block")
     p.add_argument("--muon-rate", type=float, default=0.012, help="of the layers' matrices")
