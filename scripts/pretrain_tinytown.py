@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 )
 LOG_EVERY, SAVE_EVERY = 50, 200  # steps
 ASKED = ("facts", "lowest_family", "test", "heldout_phrasings", "heldout_families")
-EXAMPLES, SEEDS = (1000, 2000, 4000, 8000), 3
+EXAMPLES, SEEDS = (2000, 8000), 1
 
 
 def train_tokenizer(vocab_size: int = 2048, documents_used: int = 40_000) -> Any:
@@ -259,9 +259,9 @@ def ask(out: Path) -> None:
     for method, rows, seed in points:
         model, tokenizer = models.load(str(out))
         torch.manual_seed(seed)  # of LoRA's matrices A
-        rate = 1e-3
+        rate = 5e-4
         if method == "LoRA":
-            model, rate = lora.attach(model, lora.LoraConfig(rank=8, alpha=16.0)), 4e-3
+            model, rate = lora.attach(model, lora.LoraConfig(rank=8, alpha=16.0)), 2e-3
         given = instruction_rows("train", rows, seed)
         config = training.TrainConfig(learning_rate=rate, epochs=1.0, batch_size=16, seed=seed)
         examples = data.encode(given, tokenizer, max_length=256)

@@ -111,7 +111,7 @@ def test_two_processes_make_the_steps_of_one(script, tmp_path):
 
 
 def _one_of_two(rank, folder):
-    rendezvous = f"file://{folder}/rendezvous"
+    rendezvous = (Path(folder) / "rendezvous").as_uri()
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
     weights = _three_steps(_script(), slice(rank, None, 2))
     torch.save(weights, Path(folder) / f"{rank}.pt")
