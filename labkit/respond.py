@@ -190,7 +190,12 @@ def _explained(error: Exception, who: str, key: str) -> Exception:
         kind, todo = ConnectionError, "see that the server runs, then call again"
     elif isinstance(error, openai.RateLimitError | openai.InternalServerError):
         kind, todo = ConnectionError, "call again later, with less concurrency or more retries"
-    said = str(error).replace(key, "…") if key else str(error)
+    said = str(error)
+    if (
+        isinstance(error, openai.APIStatusError) and error.body
+    ):  # the client shows OpenAI's form only
+        said = f"{error.status_code}, {error.body}"
+    said = said.replace(key, "…") if key else said
     return kind(f"{who}: {type(error).__name__}: {said[:300]}; {todo}")
 
 

@@ -169,6 +169,8 @@ def test_an_error_says_where_and_what_to_do_without_the_key(name):
         respond = ask(server, retries=1)
         with pytest.raises(kind, match=words) as caught:
             respond(["a"])
+        if isinstance(script[0], tuple):
+            assert f"{script[0][0]}, {{'message': 'no, Bearer …'}}" in str(caught.value)
         assert server.url in str(caught.value) and len(server.prompts) == len(script)
         assert KEY not in f"{caught.value!r} {caught.value} {respond!r} {respond.settings()}"
         assert respond(["a"]) == ["A"]
