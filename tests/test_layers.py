@@ -17,6 +17,8 @@ LAYERS = [
         "plots",
         "widgets",
         "provenance",
+        "similarity",
+        "respond",
     },
     {"data", "pairs", "logprobs", "generate", "record", "notebooks", "checkpoints", "progress"},
     {"training", "evaluation", "report", "spectra"},

@@ -31,8 +31,8 @@ def quiz(rng: Random, lang: str) -> str:
 def board(rng: Random, lang: str) -> str:
     """A numbered list of requests."""
     rows = [_row(rng, lang, [rng.choice(list(FAMILIES))]) for _ in range(rng.randint(3, 7))]
-    slots = {"pl": rng.choice(world().places), "n": rng.choice(world().residents)}
-    slots = {name: value[lang] for name, value in slots.items()}
+    names = {"pl": rng.choice(world().places), "n": rng.choice(world().residents)}
+    slots = {slot: name[lang] for slot, name in names.items()}
     slots["d"] = rng.choice(world().groups["day"])[lang]
     head = rng.choice(texts("genres")["forms"]["board"][lang]).format(**slots)
     return head + "\n" + numbered([row["prompt"].replace("\n", " ") for row in rows])
