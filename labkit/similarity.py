@@ -2,7 +2,8 @@
 
     F = 2 LCS(a, b) / (|a| + |b|)     over words, and over characters in Chinese (Lin 2004)
 
-Nothing is stemmed. The usual tokenizer keeps a-z and 0-9 only: two equal Chinese texts score 0.
+Nothing is stemmed, and signs do not count, as usual: 3 + 4 equals 3 - 4.
+The usual tokenizer keeps a-z and 0-9 only: two equal Chinese texts score 0.
 """
 
 from __future__ import annotations
