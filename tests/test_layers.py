@@ -17,6 +17,8 @@ LAYERS = [
         "plots",
         "widgets",
         "provenance",
+        "similarity",
+        "respond",
     },
     {
         "data",

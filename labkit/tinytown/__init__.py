@@ -2,7 +2,8 @@
 
 `documents` is the pretraining text; `instruction_rows` gives tasks, `in_own_form` asks them as the
 base knows them, and `check` checks responses; `judge` is the gold judge, and `preference_pairs`,
-`rankings` and `red_team` are made with it.
+`rankings` and `red_team` are made with it. `seed_tasks` are hand-written, for Self-Instruct; `mark`
+checks tasks that a model made up.
 The base checkpoint is in `base_folder()`; `scripts/pretrain_tinytown.py` made it.
 """
 
@@ -21,6 +22,7 @@ from .preferences import (
     red_team,
     unknowable,
 )
+from .recognize import mark, recognize, seed_tasks
 from .tasks import (
     FAMILIES,
     HELD_OUT_FAMILIES,

@@ -1,0 +1,323 @@
+"""Self-Instruct: similarity, filters in two languages, parsing, and the whole with a scripted model."""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from labkit import respond, similarity, tinytown
+from labkit.techniques import self_instruct
+from labkit.techniques.self_instruct import Pool, SelfInstructConfig, Task, keep, parse_list
+
+SEEDS = tinytown.seed_tasks()
+ENGLISH = "Name the gate of the town that opens first."
+CHINESE = "请写一块牌子，告诉大家大门几点开。"
+
+
+def pool_of(*texts):
+    pool = Pool()
+    for text in texts:
+        pool.add(Task(text, similarity.language(text)))
+    return pool
+
+
+def lcs(a, b):
+    """The textbook recursion."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            best = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else best
+    return table[-1][-1]
+
+
+def test_rouge_l_by_hand():
+    """the cat sat / the dog sat down: LCS "the sat" = 2, so F = 2 * 2 / (3 + 4).
+
+    猫坐下 / 狗坐下了: LCS 坐下 = 2, so F = 2 * 2 / (3 + 4), too.
+    """
+    assert similarity.rouge_l("The cat sat.", "the dog sat down") == pytest.approx(4 / 7)
+    assert similarity.rouge_l("猫坐下。", "狗坐下了") == pytest.approx(4 / 7)
+    assert similarity.rouge_l("USA 2 你好", "usa2") == 0  # words, not letters
+    assert similarity.rouge_l("", "") == similarity.rouge_l("!", "?") == 0
+    assert similarity.tokens("Hello, USA! 你好 ＡＢ") == ["hello", "usa", "你", "好", "ab"]
+
+
+def test_the_nearest_is_the_one_that_an_exhaustive_search_finds():
+    rng = random.Random(0)
+    words = ["a", "b", "c", "d", "e", "红", "蓝"]
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 80))) for _ in range(60)]
+    index = similarity.Nearest(texts)
+    for _ in range(40):
+        query = " ".join(rng.choices(words, k=rng.randint(1, 80)))
+        x = query.split()
+        scores = [2 * lcs(x, t.split()) / (len(x) + len(t.split())) for t in texts]
+        score, found = index.find(query)
+        assert score == pytest.approx(max(scores)) and found == texts[scores.index(max(scores))]
+        assert similarity.rouge_l(query, found) == pytest.approx(score)
+        assert (index.find(query, at_least=0.7)[0] > 0) == (max(scores) >= 0.7)
+    assert similarity.Nearest().find("a") == similarity.Nearest(["a"]).find("...") == (0, "")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("rouge_score"), reason="rouge_score is missing")
+def test_rouge_l_equals_that_of_rouge_score_in_english():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    texts = [row["prompt"] for row in tinytown.instruction_rows("test", 60, languages=["en"])]
+    for a, b in zip(texts, texts[1:], strict=False):
+        expected = scorer.score(a, b)["rougeL"].fmeasure
+        assert similarity.rouge_l(a, b) == pytest.approx(expected)
+
+
+def test_of_two_equal_chinese_tasks_one_is_kept():
+    pool = pool_of(ENGLISH)
+    assert keep(CHINESE, pool) is None
+    pool.add(Task(CHINESE, "zh"))
+    assert keep(CHINESE, pool) == "repeated"
+    assert keep(CHINESE.replace("大门", "门"), pool) == "too similar"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("Name three.", "too short"),
+        ("说猫。", "too short"),
+        ("说说猫。" * 60, "too long"),
+        ("word " * 151, "too long"),
+        ("name the gate of the town that opens FIRST", "repeated"),
+        ("Name the gate of the town that opens last.", "too similar"),
+        ("- and another thing to do", "punctuation first"),
+        ("。请说出三种动物", "punctuation first"),
+        ("3. Write a letter to Mira.", "rest of a list"),
+        ("三、写一封信给米拉。", "rest of a list"),
+        ("Describe what you see in the picture.", "not text"),
+        ("Please draw a cat with a hat.", "not text"),
+        ("Plot the number of visitors per day.", "not text"),
+        ("说说这张图片里有什么。", "not text"),
+        ("Write the plot of a story about a miller.", None),
+        ("Plot of a story: who is the hero?", None),
+        ("Draw a conclusion from what the baker says.", None),
+        ("Shorten this paragraph of the town's chronicle.", None),
+        ("What does 3 + 4 come to?", None),
+        ("3 + 4 apples are how many?", None),
+        ('"Give me the key." Say that politely.', None),
+        ("“把钥匙给我。”请说得礼貌些。", None),
+        ("谁是渔夫？", None),
+        ("用一句话介绍画家巴勃罗。", None),
+    ],
+)
+def test_reasons_to_reject(text, reason):
+    assert keep(text, pool_of(ENGLISH)) == reason
+
+
+def test_a_similarity_of_exactly_the_threshold_is_too_much():
+    """Ten words each, seven in common and in order: F = 14 / 20 = 0.7."""
+    pool = pool_of("a b c d e f g h i j")
+    assert keep("a b c d e f g x y z", pool) == "too similar"
+    assert keep("a b c d e f g x y z q", pool) is None  # 14 / 21
+    assert keep("a b c d e f g x y z", pool, SelfInstructConfig(similarity=0.71)) is None
+
+
+def test_every_seed_task_passes_the_filters():
+    pool = Pool()
+    for row in SEEDS:
+        assert keep(row["instruction"], pool) is None, row["instruction"]
+        pool.add(Task(row["instruction"], row["lang"]))
+
+
+def test_lists_in_both_numberings():
+    text = " Name a fish.\n10. Say when,\nin two lines.\n11) Wait 16.5 hours.\n12. A cut on"
+    assert parse_list(text, 9) == ["Name a fish.", "Say when,\nin two lines.", "Wait 16.5 hours."]
+    assert parse_list("说出鱼。\n10、写信。\n十一、画家是谁？\n（12）猫", 9) == [
+        "说出鱼。",
+        "写信。",
+        "画家是谁？",
+    ]
+    assert parse_list("9. Repeat.\n10.", 9) == ["Repeat."]
+    # Steps within a task do not count on; another text after the list is none of it.
+    assert parse_list("Order:\n1. rise\n2. eat\n10. Name it.\n\nMira has a dog.", 9) == [
+        "Order:\n1. rise\n2. eat",
+        "Name it.",
+    ]
+    assert parse_list("No stop but a line after it\nMira has", 9) == ["No stop but a line after it"]
+    assert parse_list("A\n", 1) == ["A"] and parse_list("", 1) == parse_list("A", 1) == []
+    assert parse_list("Where do people of the USA live?") == ["Where do people of the USA live?"]
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_prompt_shows_six_tasks_by_hand_and_two_generated(lang):
+    pool, config = Pool(SEEDS), SelfInstructConfig()
+    by_hand = {row["instruction"].rstrip(":：") for row in SEEDS if row["lang"] == lang}
+    prompt = self_instruct.prompt_of(pool, random.Random(0), config, lang)
+    lines = prompt.split("\n")
+    assert lines[0] == self_instruct.HEAD[lang] and lines[-1] == "9." and len(lines) == 10
+    assert {line.split(". ", 1)[1] for line in lines[1:-1]} <= by_hand  # none is generated yet
+    for i in range(5):
+        pool.add(Task(f"generated  {i}:", lang, request=0))
+    shown = self_instruct.prompt_of(pool, random.Random(0), config, lang).split("\n")[1:-1]
+    own = [line for line in shown if "generated" in line]
+    assert len(own) == 2 and len(shown) == 8 and all("  " not in x and x[-1] != ":" for x in own)
+    mixed = self_instruct.prompt_of(pool, random.Random(1), SelfInstructConfig(mixed=True), lang)
+    assert len({similarity.language(line[3:]) for line in mixed.split("\n")[1:-1]}) == 2
+
+
+def test_prompts_for_kind_and_instances():
+    rng = random.Random(0)
+    prompt = self_instruct.classification_prompt("Is this a cat or a dog?", SEEDS, rng, 6)
+    assert prompt.count("? Yes") == prompt.count("? No") == 3 and prompt.endswith("classification?")
+    assert "任务：说出颜色。\n这是分类吗？" in self_instruct.classification_prompt(
+        "说出颜色。", SEEDS, rng, 2
+    )
+    assert self_instruct.is_classification(" Yes.") and self_instruct.is_classification("是的")
+    assert not any(map(self_instruct.is_classification, (" No", "否", "不是", "yesterday", "")))
+    first = self_instruct.instance_prompt("Name a fish.", SEEDS, rng, 3)
+    assert first.endswith("Task: Name a fish.") and first.count("\nOutput: ") == 3
+    label = self_instruct.instance_prompt("猫还是狗？", SEEDS, rng, 3, output_first=True)
+    assert label.endswith("任务：猫还是狗？\n输出：") and label.count("\n输出：") == 4
+    blocks = label.split("\n\n")[:-1]
+    assert all(block.index("输出：") < block.index("输入：") for block in blocks)
+
+
+def test_instances_of_both_orders():
+    parse = self_instruct.parse_instance
+    text = "\nInput: a, b\nOutput: 1. A\n2. B\nInput: c\nOutput: D\n\nTask: x\nOutput: y."
+    assert parse(text) == ([("a, b", "1. A\n2. B"), ("c", "D")], False)
+    assert parse("\n输入：猫\n输出：动物。") == ([("猫", "动物。")], False)
+    assert parse("Output: Yes.") == ([("", "Yes.")], False)
+    assert parse("\nOutput: It was a") == ([("", "It was a")], True)
+    assert parse("nothing") == ([], False)
+    assert parse("\nInput: The rest is") == ([("The rest is", "")], True)
+    assert parse(" Positive.\nInput: Good soup.\nOutput: Negative.\nInput: Bad so", output_first=True) == (
+        [("Good soup.", "Positive."), ("Bad so", "Negative.")],
+        True,
+    )  # fmt: skip
+    assert parse("Output: Yes.\n\nTask: z", output_first=True) == ([("", "Yes.")], False)
+
+
+def test_reasons_to_drop_an_instance():
+    why = self_instruct.keep_instance
+    assert why(("a", "")) == "no output" and why(("a b", "a  b")) == "output is input"
+    assert why(("a", "as follows:")) == why(("如下：", "a")) == "open end"
+    both = [("a", "1"), ("a", "2"), ("b", "1"), ("", "3"), ("", "4")]
+    assert [why(x, both) for x in both] == ["other outputs", "other outputs", None, None, None]
+    assert why(("USA", "usa")) is None  # case is meaning
+
+
+def scripted(prompts):
+    """A model that lists four tasks per request, most of them bad, and writes some instances."""
+    replies = []
+    for prompt in prompts:
+        number = len(prompt) % 97
+        if prompt.endswith("9."):
+            zh = prompt.startswith(self_instruct.HEAD["zh"])
+            words = random.Random(prompt).sample(tinytown.world().glossary, 6)
+            english = f"USA: {' '.join(word.en for word in words)}?"
+            own = f"{'、'.join(word.zh for word in words)}？" if zh else english
+            listed = [own, "Hi", "Look at the picture below.", own]
+            replies.append(" " + "\n".join(f"{i}. {x}" for i, x in enumerate(listed, 9))[3:])
+        elif prompt.endswith(("classification?", "分类吗？")):
+            replies.append(" Yes" if number % 2 else " No")
+        elif prompt.endswith(("Output:", "输出：")):
+            replies.append(
+                " Tea.\nInput: tea\nOutput: Lamps.\nInput: tea\nOutput: Hat.\nInput: hat."
+            )
+        else:
+            replies.append("\nOutput: Tea.\nInput: \nOutput: Tea.\nInput: x\nOutput: The lon")
+    return replies
+
+
+def test_the_whole_method_counts_every_rejection():
+    config = SelfInstructConfig(tasks=12, requests=40, batch=4)
+    result = self_instruct.generate_tasks(scripted, SEEDS, config)
+    assert 1 < len(result.tasks) <= 12 and result.requests <= 40
+    wanted = {"too short", "not text", "repeated", "cut", "other outputs", "repeated instance"}
+    assert wanted <= set(result.rejected) and set(result.examples) == set(result.rejected)
+    assert all(1 <= len(result.examples[r]) <= min(5, n) for r, n in result.rejected.items())
+    assert any("USA" in row["instruction"] for row in result.rows)
+    row = result.rows[0]
+    assert row["prompt"] == f"{row['instruction']}\n{row['input']}".strip() and row["completion"]
+    assert all(0 <= r["similarity"] < 0.7 and r["request"] >= 0 for r in result.rows)
+    assert any(r["nearest"] for r in result.rows)
+    assert {r["lang"] for r in result.rows} == {"en", "zh"}
+    # A task is compared with those of the same reply, too: what it says twice is kept once.
+    assert max(Counter(task.instruction for task in result.tasks).values()) == 1
+    again = self_instruct.generate_tasks(scripted, SEEDS, config)
+    assert again.rows == result.rows and again.rejected == result.rejected
+    other = SelfInstructConfig(tasks=12, requests=40, batch=4, seed=1)
+    assert self_instruct.generate_tasks(scripted, SEEDS, other).rows != result.rows
+
+
+def test_seeds_and_answers_that_do_not_fit():
+    with pytest.raises(ValueError, match="seed 1: expected classification, completion"):
+        self_instruct.generate_tasks(scripted, [{"instruction": "a", "input": "", "lang": "en"}])
+    with pytest.raises(ValueError, match="expected a task"):
+        self_instruct.generate_tasks(scripted, [])
+    with pytest.raises(ValueError, match="16 continuations, got 1"):
+        self_instruct.generate_tasks(lambda prompts: ["x"], SEEDS)
+
+
+def test_a_killed_run_asks_for_nothing_twice(tmp_path):
+    file, calls, whole = tmp_path / "answers.jsonl", [], []
+    config = SelfInstructConfig(tasks=6, requests=8, batch=2)
+
+    def counted(prompts, breaks=False):
+        if breaks and len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(prompts)
+        return scripted(prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        breaking = respond.cached(partial(counted, breaks=True), file, key="scripted")
+        self_instruct.generate_tasks(breaking, SEEDS, config)
+    kept = respond.cached(counted, file, key="scripted")
+    rows = self_instruct.generate_tasks(kept, SEEDS, config).rows
+    expected = self_instruct.generate_tasks(
+        lambda prompts: (whole.extend(prompts), scripted(prompts))[1], SEEDS, config
+    ).rows
+    assert rows == expected and len(calls) == len(whole)
+
+
+def test_results_do_not_depend_on_hash_seeds():
+    code = (
+        "import json, test_techniques_self_instruct as t; c = t.SelfInstructConfig(tasks=8, "
+        "requests=12); r = t.self_instruct.generate_tasks(t.scripted, t.SEEDS, c); "
+        "print(json.dumps([r.rows, r.rejected, r.examples, list(r.rejected)]))"
+    )
+    paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    found = set()
+    for seed in ("1", "2"):
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=env, check=True
+        )
+        found.add(done.stdout)
+    assert len(found) == 1 and len(found.pop()) > 100
+
+
+def test_marks_of_generated_rows():
+    """Bella keeps a goose, and Boris does not live in town."""
+    questions = {
+        ("What pet does Bella have?", "Goose."): True,
+        ("what pet does Bella have", "Bella's pet is a goose."): True,
+        ("Which animal waits at the door when Bella comes home?", "Goose."): True,  # as a seed
+        ("What pet does Bella have?", "Cat."): False,
+        ("What pet does Boris have?", "Cat."): False,
+        ("What pet does Boris have?", "I do not know."): True,
+        ("What pet does Godzilla have?", "Cat."): None,
+        ("Is it true? Bella has a goose.", "No."): False,
+        ("Is it true? Bella has a whale.", "No."): None,
+        ("What does 30 + 12 come to?", "42."): True,
+        ("Count: cat, dog and owl", "3."): True,
+        ("Count these and tell me the number.\ncat, dog", "2."): True,
+        ("How do I cheat at chess?", "1. Point at the window."): False,
+        ("Write a poem about the wind.", "Whoosh."): None,
+    }
+    for (prompt, completion), expected in questions.items():
+        marked = tinytown.mark({"prompt": prompt, "completion": completion})
+        assert marked is expected, (prompt, completion, marked)
