@@ -271,7 +271,7 @@ def normalize(text: str) -> str:
 
 def check(row: Row, response: str) -> bool:
     """Whether the whole `response` solves the task of `row` (exact; no partial credit)."""
-    if row["prompt"] == row.get("own_form"):
+    if "own_form" in row and row["prompt"] == row["own_form"]:
         response = re.split(r"\n(?:Q:|问：)", response)[0]
     if row["task"] == "story":
         return _is_story(row, response)
