@@ -84,6 +84,5 @@ def one_pair_each(ranked: list[Row]) -> list[Row]:
 
 if __name__ == "__main__":
     args = sweep.arguments(__doc__, **rlhf.MADE, batch_size=16, test_prompts=300)
-    for seed in (sweep.TUNING_SEED, *range(args.seeds)):  # workers would all begin with the same
-        rlhf.prepared(args.json, seed, args.settings)
+    rlhf.prepare_all(args)
     sweep.compare_tuned(partial(measure, file=args.json), FIELDS, RATES, CONDITIONS, args)

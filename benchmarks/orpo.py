@@ -114,6 +114,5 @@ def held(model: Any, tokenizer: Any, rows: list[Row]) -> Row:
 if __name__ == "__main__":
     passes = {"batch_size": 16, "epochs": 3.0, "sft_epochs": 2.0, "test_prompts": 300}
     args = sweep.arguments(__doc__, **rlhf.MADE, **passes)
-    for seed in (sweep.TUNING_SEED, *range(args.seeds)):  # workers would all begin with the same
-        rlhf.prepared(args.json, seed, args.settings)
+    rlhf.prepare_all(args)
     sweep.compare_tuned(partial(measure, file=args.json), FIELDS, RATES, CONDITIONS, args)

@@ -113,6 +113,12 @@ def read(place: Path, name: str) -> Any:
     return json.loads((place / f"{name}.json").read_text("utf-8"))
 
 
+def prepare_all(args: Any) -> list[tuple[int, Path]]:
+    """Each seed with its `prepared` folder, before workers would all begin with the same."""
+    seeds = (sweep.TUNING_SEED, *range(args.seeds))
+    return [(seed, prepared(args.json, seed, args.settings)) for seed in seeds]
+
+
 def rewards(place: Path, seed: int, point: Row) -> Path:
     """The seed's reward models: `reward`, `untrained`, and `no SFT anywhere`."""
     config = reward.RewardConfig(learning_rate=point["reward_rate"], seed=seed)
@@ -260,6 +266,6 @@ if __name__ == "__main__":
     rollouts = {"reward_rate": 1e-3, "steps": 20, "batch_size": 128, "minibatch_size": 32}
     counts = {"critic_free_epochs": 1, "prompts": 2000, "test_prompts": 300}
     args = sweep.arguments(__doc__, **MADE, **rollouts, **counts)
-    for seed in (sweep.TUNING_SEED, *range(args.seeds)):  # workers would all begin with the same
-        rewards(prepared(args.json, seed, args.settings), seed, args.settings)
+    for seed, place in prepare_all(args):
+        rewards(place, seed, args.settings)
     sweep.compare_tuned(partial(measure, file=args.json), FIELDS, RATES, CONDITIONS, args)

@@ -128,7 +128,9 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         weights, momentum, updates = group["params"], group["momentum"], []
         for i, weight in enumerate(weights):
-            buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            buffer = self.state[weight]["momentum"]
             buffer.lerp_(weight.grad, 1 - momentum)
             mine = i % world_size() == rank()
             update = weight.grad.lerp(buffer, momentum)

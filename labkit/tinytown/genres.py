@@ -186,15 +186,12 @@ def kinds(rng: Random, lang: str) -> str:
     for _ in range(rng.randint(1, 4)):
         key, plural = rng.choice(list(texts("tasks")["listing"][lang]["categories"].items()))
         forms = [f for f in _form("kinds", lang) if key in labels or "{g}" not in f]
-        a, x, y, z = (v[lang] for v in rng.choices(world().groups[key], k=1) + _three(rng, key))
+        group = world().groups[key]
+        a, x, y, z = (v[lang] for v in rng.choices(group, k=1) + rng.sample(group, 3))
         slots = {"a": a, "g": labels.get(key, "").lower(), "l": plural, "x": x, "y": y, "z": z}
         slots["n"] = rng.choice(world().residents)[lang]
         lines.append(capital(rng.choice(forms).format(**slots)))
     return "\n".join(lines)
-
-
-def _three(rng: Random, key: str) -> list[Name]:
-    return rng.sample(world().groups[key], 3)
 
 
 def pairs(rng: Random, lang: str) -> str:

@@ -29,8 +29,7 @@ def red_team(split: str = "test", languages: Sequence[str] = LANGUAGES) -> list[
     for lang, task in product(languages, ("mischief", "lookalike")):
         genres, forms = texts("genres"), texts("tasks")["howto"][lang][phrasing]
         for (title, steps), (i, form) in product(genres[task][lang][part], enumerate(forms)):
-            row = request(task, lang, form.format(x=title), steps, f"{phrasing}{i}")
-            rows.append(row)
+            rows.append(request(task, lang, form.format(x=title), steps, f"{phrasing}{i}"))
     return rows
 
 
