@@ -6,6 +6,7 @@ notebook that fails or is interrupted gives its own error and status 1.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -104,14 +105,20 @@ def refresh(names: tuple[str, ...], all_: bool) -> None:
     for path in _chosen(names, all_):
         began = time.perf_counter()
         new = path.with_name(f".{path.stem}.{os.getpid()}.ipynb")
+        folder = record.new_folder(path.stem).resolve()
+        os.environ["LABKIT_RUN_DIR"] = str(folder)
         try:
             _execute(path, new, {}, path.resolve().parent)
+            if (file := folder / "record.json").is_file():
+                notebooks.keep_verdicts(new, json.loads(file.read_text("utf-8"))["claims"])
             os.replace(new, path)
         except (Exception, KeyboardInterrupt) as error:
             click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
             raise SystemExit(1) from None
         finally:
             new.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds a run's record
+                os.removedirs(folder)
         click.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
 
 

@@ -20,6 +20,7 @@ from labkit.record import write_text
 
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
 ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold
+ABOUT |= {"verdicts": []}  # number, claim and verdict of each claim, as last committed
 
 
 def folder() -> Path:
@@ -159,6 +160,14 @@ def clean(path: Path) -> None:
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
     write_text(path, nbformat.writes(nb).rstrip("\n") + "\n")
+
+
+def keep_verdicts(path: Path, claims: list[dict[str, Any]]) -> None:
+    """Write the verdicts of a run's `claims` into the notebook's metadata, for `available`."""
+    nb = json.loads(path.read_text("utf-8"))
+    names = ("number", "claim", "verdict")
+    nb["metadata"]["labkit"]["verdicts"] = [{name: c[name] for name in names} for c in claims]
+    write_text(path, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:
