@@ -50,6 +50,12 @@ class Evaluation:
         """The 95 % Wilson interval of the accuracy."""
         return wilson(sum(self.correct), self.n)
 
+    @property
+    def marked(self) -> list[str]:
+        """The responses, each after a ✓ or a ✗."""
+        both = zip(self.correct, self.responses, strict=True)
+        return [f"{'✓' if right else '✗'} {text}" for right, text in both]
+
     def by(self, key: str) -> dict[Any, tuple[float, int]]:
         """Accuracy and number of rows for each value of a column, such as `task` or `lang`."""
         groups: dict[Any, list[bool]] = defaultdict(list)
