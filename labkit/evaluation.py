@@ -250,6 +250,12 @@ def decide(found: Interval | None, threshold: float = 0.0, at_most: bool = False
     return "holds" if holds else "does not hold here" if fails else "undecided"
 
 
+def about(values: Sequence[float], of: float) -> str:
+    """The verdict on "about `of`", half to twice, for exact values: "holds in part" if some are."""
+    inside = [of / 2 <= value <= 2 * of for value in values]
+    return "holds" if all(inside) else "holds in part" if any(inside) else "does not hold here"
+
+
 def together(*verdicts: str) -> str:
     """The verdict on conditions that must all hold: the worst of theirs (`record.VERDICTS`)."""
     from .record import VERDICTS

@@ -231,6 +231,12 @@ def test_the_worst_of_several_verdicts_stands():
     assert evaluation.together() == "not measured here"
 
 
+def test_about_is_half_to_twice():
+    assert evaluation.about([0.05, 0.2], 0.1) == "holds"
+    assert evaluation.about([0.05, 0.21], 0.1) == "holds in part"
+    assert evaluation.about([0.04, 0.21], 0.1) == "does not hold here"
+
+
 CRITERIA = {  # of the claims in the notebooks: (statistic, threshold, whether at most)
     "1, 2: better inside the chapter's range": (evaluation.difference, 0.0, False),
     "10: 95 % of full fine-tuning": (evaluation.ratio, 0.95, False),
