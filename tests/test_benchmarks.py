@@ -62,6 +62,11 @@ def test_results_of_another_base_are_said_to_be_so(monkeypatch, capsys):
     assert "earlier base checkpoint" in capsys.readouterr().out
 
 
+def test_a_missing_result_is_said_in_one_line(capsys):
+    assert record.recorded("no_such_sweep") == {"runs": []}
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 def test_all_sweeps_run_one_after_the_other(sweep, tmp_path, monkeypatch, capsys):
     calls = []
 

@@ -37,6 +37,12 @@ def test_a_sweep_draws_mean_and_standard_deviation_at_the_values_tried():
     assert {t.get_text() for t in axes.get_legend().get_texts()} == {"LoRA", "full"}
 
 
+def test_a_loss_curve_is_smoothed_over_the_last_steps_only():
+    history = [{"step": i, "loss": loss} for i, loss in enumerate([4.0, 2.0, 0.0])]
+    (line,) = plots.loss_curve(history, window=2).axes[0].lines
+    assert list(line.get_ydata()) == [4.0, 3.0, 1.0] and list(line.get_xdata()) == [0, 1, 2]
+
+
 def test_panels_have_one_colour_per_label_and_a_band_over_seeds():
     first = {"a": ([1, 2], [[0.0, 2.0], [1.0, 3.0]]), "b": ([1], [5.0])}
     pictures = {"reward": first, "KL (nats)": {"b": ([1, 2], [3.0, 4.0])}}

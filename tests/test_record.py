@@ -70,6 +70,8 @@ def test_claims_are_ordered_replaced_and_escaped(tmp_path):
     run.claim(1, "<script>", "a | b", 0.123456, "not measured here")
     run.claim(2, "c", "h", 5, "does not hold here")  # the cell was run again
     assert [(c["number"], c["value"]) for c in read(run)["claims"]] == [(1, 0.123456), (2, 5)]
+    run.claim(2, "another half of it", "h", 6, "holds")
+    assert [c["value"] for c in read(run)["claims"]] == [0.123456, 5, 6]
     page = run.claims_table()._repr_html_()
     assert "labkit-claims" in page and "<script>" not in page and "0.1235" in page
 
