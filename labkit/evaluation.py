@@ -1,11 +1,13 @@
 """Measures a model: exact answers, perplexity on plain text, held-out loss, answers side by side.
 
 Every score comes with its sample size, and shares with a Wilson interval: on a few hundred
-examples the difference between two runs is often noise.
+examples the difference between two runs is often noise. A claim over several seeds is decided by
+a 95 % interval (`difference`, `ratio`, `t_interval`) and a threshold (`decide`), never by a mean.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import unicodedata
@@ -13,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from .batching import Batch, Example, pack
 from .templates import Row, renderer, response
 
 Check = Callable[[Row, str], bool]
+Seeds = Sequence[str | Sequence[float]]  # of each seed a number per question, or marks: "10 1 0"
+# Of Student's distribution, for the mean of 2 to 10 values.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,96 @@ def held_out_loss(model: Any, examples: Sequence[Example], batch_size: int = 32)
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1); the deviation of one value is 0."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its 95 % interval; f"{found:.1%}" shows all three."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, form: str) -> str:
+        value, low, high = (format(number, form) for number in self)
+        return f"{value} ({low} to {high})"
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """The mean of one value per seed with its 95 % t-interval; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    mean, std = mean_std(values)
+    half = T_QUANTILES[len(values) - 2] * std / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def difference(ours: Seeds, theirs: Seeds, shared: bool = False) -> Interval | None:
+    """Mean of ours - theirs over seeds and questions, with its 95 % interval; None without seeds.
+
+    A bootstrap, paired: seeds are drawn anew, and under each its questions, with all rows that ask
+    one, for both sides at once. `shared`: all seeds have the same questions, so one draw serves
+    them all. Seeds count equally. Of marks (a word for each question, a 0 or 1 for each row) it is
+    a difference of accuracies. Raises ValueError where the two sides are not of the same questions.
+    """
+    return _bootstrap(np.subtract, ours, theirs, shared)
+
+
+def ratio(ours: Seeds, theirs: Seeds, shared: bool = False) -> Interval | None:
+    """Mean of ours over mean of theirs, as `difference`; not a number where theirs are all 0."""
+    return _bootstrap(np.divide, ours, theirs, shared)
+
+
+def _bootstrap(combine: Any, ours: Seeds, theirs: Seeds, shared: bool) -> Interval | None:
+    if len(ours) != len(theirs):
+        raise ValueError(f"ours, theirs: expected as many seeds, got {len(ours)}, {len(theirs)}")
+    seeds = []
+    for pair in zip(ours, theirs, strict=True):
+        (a, rows), (b, same) = map(_by_question, pair)
+        if not np.array_equal(rows, same):
+            raise ValueError("ours, theirs: expected the same questions on both sides of a seed")
+        seeds.append((np.stack([a, b]), rows))
+    if not seeds:
+        return None
+    rng, several = np.random.default_rng(0), range(len(seeds))
+    chosen = rng.integers(len(seeds), size=(2000, len(seeds)))
+    columns = rng.integers(len(seeds[0][1]), size=(2000, len(seeds[0][1])))
+    means = np.empty((2, *chosen.shape))
+    for place, number in itertools.product(several, several):
+        (sums, rows), here = seeds[number], chosen[:, place] == number
+        own = rng.integers(len(rows), size=(here.sum(), len(rows)))
+        some = columns[here] if shared else own
+        means[:, here, place] = sums[:, some].sum(-1) / rows[some].sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = combine(*np.mean([sums.sum(1) / rows.sum() for sums, rows in seeds], 0))
+        ends = np.percentile(combine(*means.mean(-1)), [2.5, 97.5])
+    return Interval(*map(float, (value, *ends)))
+
+
+def _by_question(seed: str | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """For each question of a seed: the sum over its rows, and their number."""
+    if isinstance(seed, str):
+        words = seed.split()
+        return np.array([word.count("1") for word in words]), np.array([*map(len, words)])
+    return np.asarray(seed, dtype=float), np.ones(len(seed))
+
+
+def decide(found: Interval | None, threshold: float = 0.0, at_most: bool = False) -> str:
+    """The verdict on "at least `threshold`", or "at most", from an estimate and its interval.
+
+    "undecided" where the interval contains the threshold or an end is no number.
+    """
+    if found is None:
+        return "not measured here"
+    above, below = found.low > threshold, found.high < threshold
+    holds, fails = (below, above) if at_most else (above, below)
+    return "holds" if holds else "does not hold here" if fails else "undecided"
+
+
+def together(*verdicts: str) -> str:
+    """The verdict on conditions that must all hold: the worst of theirs (`record.VERDICTS`)."""
+    from .record import VERDICTS
+
+    return max(verdicts, key=VERDICTS.index, default="not measured here")
 
 
 def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -64,11 +64,21 @@ def figure_axes(
 
 
 def loss_curve(
-    history: Any, title: str = "Training loss", ylabel: str = "loss (nats per response token)"
+    history: Any,
+    title: str = "Training loss",
+    ylabel: str = "loss (nats per response token)",
+    window: int = 1,
 ) -> Any:
-    """Loss against step, from a history of dicts with `step` and `loss`, or several by label."""
+    """Loss against step, from a history of dicts with `step` and `loss`, or several by label.
+
+    Each point is the mean of the last `window` entries: single batches are noisy.
+    """
     runs = history if isinstance(history, Mapping) else {"": history}
-    series = {k: ([e["step"] for e in p], [e["loss"] for e in p]) for k, p in runs.items()}
+    series = {}
+    for label, entries in runs.items():
+        losses = [entry["loss"] for entry in entries]
+        means = [fmean(losses[max(0, i - window) : i]) for i in range(1, len(losses) + 1)]
+        series[label] = [entry["step"] for entry in entries], means
     return lines(series, xlabel="step", ylabel=ylabel, title=title)
 
 

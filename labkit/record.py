@@ -28,7 +28,7 @@ from labkit.show import Table
 
 Place = str | Path | None
 Values = dict[str, Any]
-VERDICTS = ("holds", "holds in part", "does not hold here", "undecided", "not measured here")
+VERDICTS = ("holds", "holds in part", "not measured here", "undecided", "does not hold here")
 # What may change when a run is resumed: no training that goes on depends on it.
 FREE = {"resume", "save_steps", "recorded", "test_examples", "kl_limit", "device"}
 _PROJECT = Path(__file__).resolve().parents[1]
@@ -73,12 +73,12 @@ class Run:
         self._write()
 
     def claim(self, number: int, claim: str, how: str, value: Any, verdict: str) -> None:
-        """Record a claim's measurement; the same number again replaces it (a cell run twice)."""
+        """Record a measurement of a claim, or of a part of it; the same `claim` again replaces it."""
         if verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}; got {verdict!r}")
-        entry = dict(number=number, claim=claim, how=how, value=value, verdict=verdict)
-        claims = {c["number"]: c for c in self.record["claims"]} | {number: plain(entry)}
-        self.record["claims"] = [claims[key] for key in sorted(claims)]
+        entry = plain(dict(number=number, claim=claim, how=how, value=value, verdict=verdict))
+        others = [c for c in self.record["claims"] if (c["number"], c["claim"]) != (number, claim)]
+        self.record["claims"] = sorted([*others, entry], key=lambda c: c["number"])
         self._write()
 
     def check(self, name: str, passed: Any, found: Any = "") -> None:
@@ -266,9 +266,12 @@ def _lives(number: int, file: Path) -> bool:
 
 
 def recorded(question: str) -> Values:
-    """A long sweep's committed results, with a word where they are of another base checkpoint."""
-    found = json.loads((_PROJECT / f"benchmarks/results/{question}.json").read_text("utf-8"))
-    if found.get("base") != tinytown.base_checksum():
+    """A long sweep's committed results; says so where there are none, or of an earlier base."""
+    file = _PROJECT / f"benchmarks/results/{question}.json"
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
+    if not found["runs"]:
+        print(f"{file.name} is not recorded yet: benchmarks/{question}.py makes it.")
+    elif found.get("base") != tinytown.base_checksum():
         print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
     return found
 

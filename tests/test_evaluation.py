@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,3 +158,112 @@ def test_tinytown_rows_are_marked_by_tinytown():
     assert got.n == 300 and got.accuracy == 1.0
     assert evaluation.score(rows, ["no such answer"] * 300).accuracy == 0.0
     assert len(got.by("task")) >= 6 and sum(n for _, n in got.by("lang").values()) == 300
+
+
+def marks(rng, seeds, questions, chance):
+    """For each seed a word per question, of one to three rows that are right by chance."""
+    sizes = rng.integers(1, 4, size=questions)
+    return [
+        " ".join("".join(map(str, (rng.random(n) < chance) * 1)) for n in sizes)
+        for _ in range(seeds)
+    ]
+
+
+def test_a_difference_by_hand():
+    """Two seeds: 2 of 3 rows against 1 of 3, and 1 of 2 against 0 of 2; each question counts."""
+    found = evaluation.difference(["11 0", "1 0"], ["10 0", "0 0"])
+    assert found.value == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert found.low <= found.value <= found.high
+    assert evaluation.ratio(["11 0", "1 0"], ["10 0", "0 1"]).value == pytest.approx(7 / 5)
+    assert f"{evaluation.Interval(0.5, 0.25, 1):+.0%}" == "+50% (+25% to +100%)"
+    for other in (["11 0"], ["110", "1 0"], ["11 0 1", "1 0"]):
+        with pytest.raises(ValueError, match="ours, theirs"):
+            evaluation.difference(["11 0", "1 0"], other)
+    assert evaluation.difference([], []) is None
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Questions of a seed of its own, and questions that all seeds share."""
+    rng, trials = np.random.default_rng(1), 60
+    inside = {False: 0, True: 0}
+    for _ in range(trials):
+        for shared in inside:
+            hard = rng.normal(size=(1 if shared else 8, 60))  # what a question does to both
+            apart = 0.3 + hard + rng.normal(size=(8, 60))
+            zero = np.zeros((8, 60))
+            found = evaluation.difference(apart, zero, shared)
+            inside[shared] += found.low <= 0.3 <= found.high
+    assert all(0.83 * trials <= count for count in inside.values())
+    assert inside[False] < trials or inside[True] < trials  # and are not endless
+
+
+def test_a_t_interval_by_hand():
+    """Of 1, 2, 3 the standard error is 1 / √3, and Student's quantile 4.303."""
+    found = evaluation.t_interval([1.0, 2.0, 3.0])
+    assert found.value == 2 and found.high - 2 == pytest.approx(4.303 / math.sqrt(3))
+    assert evaluation.t_interval([1.0]) is None and evaluation.t_interval([]) is None
+
+
+@pytest.mark.parametrize(
+    "low, high, at_most, verdict",
+    [
+        (0.1, 0.3, False, "holds"),
+        (-0.3, -0.1, False, "does not hold here"),
+        (-0.1, 0.1, False, "undecided"),
+        (0.0, 0.1, False, "undecided"),
+        (-0.3, -0.1, True, "holds"),
+        (0.1, 0.3, True, "does not hold here"),
+        (math.nan, math.nan, False, "undecided"),
+    ],
+)
+def test_what_an_interval_decides(low, high, at_most, verdict):
+    found = evaluation.Interval((low + high) / 2, low, high)
+    assert evaluation.decide(found, 0.0, at_most) == verdict
+    assert evaluation.decide(None, 0.0, at_most) == "not measured here"
+
+
+def test_the_worst_of_several_verdicts_stands():
+    assert evaluation.together("holds", "holds") == "holds"
+    assert evaluation.together("holds", "undecided") == "undecided"
+    assert evaluation.together("does not hold here", "undecided") == "does not hold here"
+    assert evaluation.together("holds", "not measured here") == "not measured here"
+    assert evaluation.together() == "not measured here"
+
+
+CRITERIA = {  # of the claims in the notebooks: (statistic, threshold, whether at most)
+    "1, 2: better inside the chapter's range": (evaluation.difference, 0.0, False),
+    "10: 95 % of full fine-tuning": (evaluation.ratio, 0.95, False),
+    "15: slightly below LoRA": (evaluation.ratio, 1.0, True),
+    "21, 23: above the threshold": (evaluation.difference, -0.05, False),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_no_criterion_is_met_by_noise(name):
+    """Outcomes shuffled between two conditions that differ by just the threshold, or constant."""
+    statistic, threshold, at_most = CRITERIA[name]
+    rng, verdicts = np.random.default_rng(2), []
+    for _ in range(40):
+        theirs = [m for m in marks(rng, 3, 100, 0.5)]
+        if statistic is evaluation.ratio:
+            chance = 0.5 * threshold
+        else:
+            chance = 0.5 + threshold
+        sizes = [[len(word) for word in seed.split()] for seed in theirs]
+        ours = [
+            " ".join("".join(map(str, (rng.random(n) < chance) * 1)) for n in seed)
+            for seed in sizes
+        ]
+        verdicts.append(evaluation.decide(statistic(ours, theirs), threshold, at_most))
+    assert verdicts.count("undecided") >= 30, verdicts
+    nothing = ["0 0 0"] * 3
+    if statistic is evaluation.ratio or threshold == 0:
+        assert evaluation.decide(statistic(nothing, nothing), threshold, at_most) == "undecided"
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 0.9, 1.05])
+def test_no_mean_over_seeds_decides_on_noise(threshold):
+    """Claims 3, 4, 9, 13, 14, 21: a value per seed that scatters around the threshold."""
+    rng = np.random.default_rng(3)
+    found = [evaluation.t_interval(threshold + rng.normal(size=3)) for _ in range(100)]
+    assert [evaluation.decide(each, threshold) for each in found].count("undecided") >= 88
