@@ -1,4 +1,4 @@
-"""Is a reward model robust to label noise, and do all pairs of a ranking help? For 08_rlhf.
+"""Is a reward model robust to label noise, and do all pairs of a ranking help? For 08_reward_model.
 
 Rankings of K written responses by the gold judge's order, equal scores in random order, in which
 neighbours are swapped with probability `noise`; the same responses at every noise. A larger K has
