@@ -50,6 +50,12 @@ class Evaluation:
         """The 95 % Wilson interval of the accuracy."""
         return wilson(sum(self.correct), self.n)
 
+    @property
+    def marked(self) -> list[str]:
+        """The responses, each after a ✓ or a ✗."""
+        both = zip(self.correct, self.responses, strict=True)
+        return [f"{'✓' if right else '✗'} {text}" for right, text in both]
+
     def by(self, key: str) -> dict[Any, tuple[float, int]]:
         """Accuracy and number of rows for each value of a column, such as `task` or `lang`."""
         groups: dict[Any, list[bool]] = defaultdict(list)
@@ -242,6 +248,12 @@ def decide(found: Interval | None, threshold: float = 0.0, at_most: bool = False
     above, below = found.low > threshold, found.high < threshold
     holds, fails = (below, above) if at_most else (above, below)
     return "holds" if holds else "does not hold here" if fails else "undecided"
+
+
+def about(values: Sequence[float], of: float) -> str:
+    """The verdict on "about `of`", half to twice, for exact values: "holds in part" if some are."""
+    inside = [of / 2 <= value <= 2 * of for value in values]
+    return "holds" if all(inside) else "holds in part" if any(inside) else "does not hold here"
 
 
 def together(*verdicts: str) -> str:

@@ -99,6 +99,7 @@ def test_score_ignores_case_spacing_and_final_stop():
 def test_evaluation_by_column():
     got = Evaluation(ROWS, ["4", "5", "cold"], [True, False, True])
     assert got.n == 3 and got.accuracy == pytest.approx(2 / 3)
+    assert got.marked == ["✓ 4", "✗ 5", "✓ cold"]
     assert got.by("kind") == {"antonym": (1.0, 1), "sum": (0.5, 2)}
     assert got.interval[0] < 2 / 3 < got.interval[1] and "66.7% of 3" in repr(got)
     with pytest.raises(KeyError, match="colour"):
@@ -228,6 +229,12 @@ def test_the_worst_of_several_verdicts_stands():
     assert evaluation.together("does not hold here", "undecided") == "does not hold here"
     assert evaluation.together("holds", "not measured here") == "not measured here"
     assert evaluation.together() == "not measured here"
+
+
+def test_about_is_half_to_twice():
+    assert evaluation.about([0.05, 0.2], 0.1) == "holds"
+    assert evaluation.about([0.05, 0.21], 0.1) == "holds in part"
+    assert evaluation.about([0.04, 0.21], 0.1) == "does not hold here"
 
 
 CRITERIA = {  # of the claims in the notebooks: (statistic, threshold, whether at most)
