@@ -1,4 +1,4 @@
-"""Is a reward model robust to label noise, and do all pairs of a ranking help? For 08_rlhf.
+"""Is a reward model robust to label noise, and do all pairs of a ranking help? For 08_reward_model.
 
 Rankings of K written responses by the gold judge's order, equal scores in random order, in which
 neighbours are swapped with probability `noise`; the same responses at every noise. A larger K has
@@ -11,10 +11,12 @@ A model is scored on rankings of 4-9 responses to held-out prompts, without nois
 the share of wrong labels among the training pairs without ties: for one `noise` it is smaller the
 larger K is. The stage "base" orders by the base's mean log-probability per token of a response,
 behind the chat template and (`_own`) in the form that it knows; `shorter` prefers the shorter.
+Each also has `_right`, the share of pairs in order for each test ranking: differences are paired.
 
     python benchmarks/reward_noise.py --json benchmarks/results/reward_noise.json
 """
 
+import math
 from itertools import combinations
 from random import Random
 from typing import Any
@@ -45,8 +47,10 @@ def measure(point: sweep.Row) -> sweep.Row:
     if point["stage"] == "tune":
         others = held_out(point["test_rows"] // 2, seed, tuning=True)
         return found | {"tuning_loss": reward.evaluate(learned, others).loss}
-    scored = reward.evaluate(learned, held_out(point["test_rows"], seed))
-    return found | {"pairs_scored": len(scored.margins)} | common.agreement(scored)
+    tests = held_out(point["test_rows"], seed)
+    scored = reward.evaluate(learned, tests)
+    found |= {"pairs_scored": len(scored.margins), "accuracy_right": right(tests, scored)}
+    return found | common.agreement(scored)
 
 
 def ranked(n: int, k: int, noise: float, seed: int) -> list[sweep.Row]:
@@ -84,10 +88,13 @@ def baseline(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
     rows = held_out(point["test_rows"], point["seed"])
     forms = [{"own_form": OWN_FORM[row["lang"]].format(row["prompt"])} | row for row in rows]
-    found = common.agreement(agreement(rows, likelihoods(model, tokenizer, rows, "auto")))
+    behind_chat = agreement(rows, likelihoods(model, tokenizer, rows, "auto"))
     own = agreement(rows, likelihoods(model, tokenizer, in_own_form(forms), "bare"))
     short = agreement(rows, [-len(text) for row in rows for text in row["responses"]])
-    return found | {"accuracy_own": own.accuracy, "shorter": short.accuracy}
+    found = common.agreement(behind_chat)
+    for name, scored in {"accuracy": behind_chat, "accuracy_own": own, "shorter": short}.items():
+        found |= {name: scored.accuracy, f"{name}_right": right(rows, scored)}
+    return found
 
 
 def agreement(rows: list[sweep.Row], scores: list[float]) -> Agreement:
@@ -97,6 +104,17 @@ def agreement(rows: list[sweep.Row], scores: list[float]) -> Agreement:
         best_first = [s for _, s in sorted((rank, next(values)) for rank in row["ranks"])]
         margins += [better - worse for better, worse in combinations(best_first, 2)]
     return Agreement(margins, len(rows))
+
+
+def right(rows: list[sweep.Row], found: Agreement) -> list[float]:
+    """The share of pairs in order, for each of the rankings `rows`."""
+    margins, shares = iter(found.margins), []
+    for row in rows:
+        count = math.comb(len(row["responses"]), 2)
+        shares.append(round(sum(next(margins) > 0 for _ in range(count)) / count, 4))
+    if next(margins, None) is not None:
+        raise RuntimeError("expected a margin for each pair of each ranking, got more")
+    return shares
 
 
 @torch.no_grad()

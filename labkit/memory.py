@@ -265,6 +265,7 @@ STAGES = {  # the techniques that a notebook trains, and the parameter that can 
     "qlora": {"qlora": "", "lora": "compare"},
     "prefix_tuning": {"prefix": ""},
     "adapter": {"adapter": ""},
+    "reward_model": {"full": "", "reward": ""},
     "rlhf": {"full": "", "reward": "", "ppo": ""},
     "dpo": {"full": ""},
     "orpo": {"full": ""},
@@ -283,8 +284,10 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
     common = {key: own[key] for key in Setting.__dataclass_fields__ if key in own}  # type: ignore[attr-defined]
     if own.get("dtype") in ("bfloat16", "float16"):
         common["precision"] = "bf16"
-    if "minibatch_size" in own:  # rankings of Tinytown have up to four responses
-        common |= {"batch_size": min(16, own["minibatch_size"]), "ranked": 4}
+    if "minibatch_size" in own:
+        common["batch_size"] = min(16, own["minibatch_size"])
+    if name.endswith(("_rlhf", "_reward_model")):  # pairs have two responses, rankings up to nine
+        common["ranked"] = 4
     plans: list[Plan] = []
     for technique, switch in STAGES.get(name.partition("_")[2], {}).items():
         stage: dict[str, Any] = {}

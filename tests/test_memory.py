@@ -198,6 +198,9 @@ def test_all_stages_of_a_notebook(tiny_folder, monkeypatch):
     assert [p.setting.batch_size for p in plans] == [16, 16, 32]
     weights = plans[0].parts["weights"]  # policy and reference, the tuned model, the reward model
     assert plans[2].parts["weights"] == pytest.approx(4 * weights, rel=0.2)
+    both = memory.plan_notebook("08_reward_model", values | {"batch_size": 16})
+    assert [p.setting.technique for p in both] == ["full", "reward"]
+    assert both[1].total == plans[1].total
     tight = replace(plans[2], device_memory=plans[2].total - 1e6)
     assert "minibatch_size=16" in tight.advice  # the notebook's own name, and only what it has
     assert replace(plans[0], device_memory=1.0).advice.endswith("take a smaller model.")
