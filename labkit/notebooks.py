@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from labkit.record import write_text
+from labkit.files import write_text
 
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
 ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1] / "labkit"
 LAYERS = [
     {
         "config",
+        "files",
         "tinytown",
         "formats",
         "templates",
@@ -27,6 +28,7 @@ LAYERS = [
         "generate",
         "respond",
         "record",
+        "sweeps",
         "notebooks",
         "checkpoints",
         "progress",
