@@ -270,7 +270,7 @@ def project_root() -> Path:
     return Path(os.environ.get("LABKIT_RUNS") or default)
 
 
-def close(folder: Path, notebook: str, parameters: Values, status: str, error: str = "") -> None:
+def close(folder: Path, notebook: str, parameters: Values, status: str, error: str = "") -> Values:
     """Close the record in `folder` from outside, after its kernel ended or recorded nothing."""
     made = (folder / "record.json").exists()
     record = _read(folder) if made else _new_record(notebook, folder, parameters)
@@ -278,6 +278,7 @@ def close(folder: Path, notebook: str, parameters: Values, status: str, error: s
         record.update(status=status, error=error or record["error"], ended=_now())
     _drop_empty(folder)
     _write_record(folder, record)
+    return record
 
 
 def read_runs(root: Place = None) -> list[Values]:
