@@ -1,7 +1,7 @@
-"""The command line: list, run, report; refresh for those who write notebooks.
+"""The command line: list, show, run, report, doctor; refresh for those who write notebooks.
 
 What can be refused is refused before a kernel starts, in one line, with exit status 2; a
-notebook that fails or is interrupted gives its own error and status 1.
+notebook that fails gives its own error and status 1, one that is interrupted status 130.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,19 @@ _names = click.argument("names", nargs=-1, metavar="NAME...")
 _all = click.option("--all", "all_", is_flag=True, help="All notebooks.")
 
 
+class _Run(click.Command):
+    """`-p key=value` is `-p key value`, as in other tools."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg in args:
+            given = spread[-1:] in (["-p"], ["--parameter"]) and re.match(r"\w+=", arg)
+            spread += arg.split("=", 1) if given else [arg]
+        return super().parse_args(ctx, spread)
+
+
 @click.group()
+@click.version_option(package_name="labkit")
 def app() -> None:
     """Run the laboratory notebooks and look at what they recorded.
 
@@ -54,7 +71,7 @@ def main() -> None:
 
 @app.command("list")
 def list_notebooks() -> None:
-    """Name, time and memory on two CPU cores, and question of every notebook."""
+    """All notebooks: time and memory on two CPU cores, question."""
     found = notebooks.available()
     width = max((len(n.name) for n in found), default=0)
     for n in found:
@@ -63,8 +80,22 @@ def list_notebooks() -> None:
 
 
 @app.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """What a notebook asks and costs, and its parameters."""
+    path = notebooks.find(name)
+    for n in notebooks.available():
+        if n.path == path:
+            click.echo(
+                f"{n.name}: {n.question}\n{n.seconds_cpu} s, {n.memory_mb} MB on two CPU cores\n"
+            )
+    click.echo(notebooks.parameters_cell(path))
+    click.echo(f"\nlimits: {notebooks.limits(path)}\nlabkit run {path.stem} -p KEY=VALUE")
+
+
+@app.command(cls=_Run)
 @_names
-@click.option("-p", "--parameter", type=(str, str), multiple=True, metavar="KEY VALUE")
+@click.option("-p", "--parameter", type=(str, str), multiple=True, metavar="KEY=VALUE")
 @click.option("-f", "--file", type=_PATH, help="YAML file of parameters.")
 @click.option("--profile", metavar="NAME", help="notebooks/params/NAME.yaml, such as cpu or gpu.")
 @click.option("--output", type=_PATH, help="Put runs/ into this folder, not into the project's.")
@@ -72,7 +103,10 @@ def list_notebooks() -> None:
 @click.option("--keep-going", is_flag=True, help="After a failure, run the others too.")
 @click.option("--force", is_flag=True, help="Run even what does not fit into memory as planned.")
 def run(names, parameter, file, profile, output, all_, keep_going, force):  # type: ignore
-    """Run notebooks headless; of parameters in the profile, the file and -p, the last wins."""
+    """Run notebooks headless.
+
+    Of parameters in the profile, the file and -p (KEY=VALUE or KEY VALUE), the last wins.
+    """
     plans = []
     for path in _chosen(names, all_):
         from_profile = _profile(profile, path) if profile else {}
@@ -98,10 +132,27 @@ def report(root: Path | None, out: Path | None) -> None:
 
 
 @app.command()
+def doctor() -> None:
+    """What this machine lacks, each with a remedy.
+
+    Exit status 1 if something keeps a notebook from running.
+    """
+    from labkit.doctor import PROBLEM, examine
+
+    found = [*examine()]
+    for sign, text, remedy in found:
+        click.echo(f"{sign} {text}" + (f"\n    → {remedy}" if remedy else ""))
+    raise SystemExit(int(any(sign == PROBLEM for sign, *_ in found)))
+
+
+@app.command()
 @_names
 @_all
 def refresh(names: tuple[str, ...], all_: bool) -> None:
-    """Execute committed notebooks in place, cleaned; one that fails stays as it was."""
+    """Execute committed notebooks in place, cleaned.
+
+    One that fails stays as it was.
+    """
     for path in _chosen(names, all_):
         began = time.perf_counter()
         new = path.with_name(f".{path.stem}.{os.getpid()}.ipynb")
@@ -140,26 +191,50 @@ def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
 
 
 def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
-    """Runs a notebook, with a line of progress on a terminal; elsewhere, one for each section."""
-    began, on_terminal, section, shown = time.perf_counter(), sys.stderr.isatty(), "", ""
+    """Runs a notebook, with a line that ticks on a terminal; elsewhere, one for each section and,
+    while a cell works long, each half minute. It has the line of the training that runs.
+    """
+    began, on_terminal, over = time.perf_counter(), sys.stderr.isatty(), threading.Event()
+    section, shown, number, folder = "", "", 0, tempfile.TemporaryDirectory()
+    file = Path(folder.name, "progress")
+    os.environ["LABKIT_PROGRESS"] = str(file)  # `progress.Live` writes it
 
-    def say(text: str) -> None:
+    def say() -> None:
+        training = file.read_text("utf-8") if file.exists() else ""
+        seconds = f"{time.perf_counter() - began:.0f} s"
+        parts = (f"{path.stem}: cell {number}", seconds, section, training)
+        text = " · ".join(filter(None, parts))
+        width = shutil.get_terminal_size().columns - 1
         with suppress(OSError):  # the terminal is closed
-            click.echo(text, nl=False, err=True)
+            click.echo(
+                f"\r\x1b[K{text[:width]}" if on_terminal else text, None, not on_terminal, True
+            )
+
+    def tick() -> None:
+        while not over.wait(1 if on_terminal else 30):
+            say()
 
     def on_cell(cell: Any, cell_index: int) -> None:
-        nonlocal section, shown
+        nonlocal section, shown, number
+        file.unlink(missing_ok=True)
         if cell.cell_type == "markdown":
             section = [section, *re.findall(r"(?m)^##? (.+)", cell.source)][-1]
-        elif on_terminal or section != shown:
-            shown, seconds = section, time.perf_counter() - began
-            text = f"{path.stem}: cell {cell_index + 1} · {seconds:.0f} s · {section}"
-            say(f"\r\x1b[K{text[:100]}" if on_terminal else f"{text}\n")
+        else:
+            number = cell_index + 1
+            if on_terminal or section != shown:
+                shown = section
+                say()
 
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
     try:
         notebooks.execute(path, out, values, cwd, on_cell)
     finally:
-        say("\r\x1b[K" if on_terminal else "")
+        over.set()
+        ticker.join()
+        folder.cleanup()
+        with suppress(OSError):
+            click.echo("\r\x1b[K" * on_terminal, nl=False, err=True)
 
 
 def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
@@ -174,14 +249,18 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     if status == "interrupted":
         for kind in _STOPPING:  # the record is to be closed, whatever else comes
             signal.signal(kind, signal.SIG_IGN)
-    record.close(folder, path.stem, values, status, error)
-    if error:
-        click.echo(f"labkit: {error}", err=True)
-    click.echo(f"{path.stem}: {status} · {time.perf_counter() - began:.0f} s · {folder}")
-    if status != "finished" and record.can_resume(folder):
-        click.echo(f"To go on from its last checkpoint, add: -p resume {folder}")
+    found = record.close(folder, path.stem, values, status, error)
+    took, given = f"{time.perf_counter() - began:.0f} s", values | {"resume": folder}
+    again = " ".join(f"-p {shlex.quote(f'{name}={value}')}" for name, value in given.items())
+    again = f"labkit run {path.stem} {again}" if record.can_resume(folder) else f"see {folder}"
     if status == "interrupted":
-        raise SystemExit(1)
+        click.echo(f"labkit: {error} after {took}; to go on: {again}", err=True)
+        raise SystemExit(130)
+    if error:
+        click.echo(f"labkit: {error}; to go on: {again}", err=True)
+    counts = Counter(claim["verdict"] for claim in found["claims"])
+    verdicts = [f"{n} {verdict}" for verdict, n in counts.items()]
+    click.echo(" · ".join([f"{path.stem}: {status}", took, *verdicts, str(folder)]))
     return status == "finished"
 
 

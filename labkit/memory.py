@@ -102,8 +102,16 @@ class Plan:
         return f"{self.title}\n{Table(self.rows())!r}\n{self.advice}"
 
     def _repr_html_(self) -> str:
-        table = Table(self.rows())._repr_html_()
-        return f"<p><b>{escape(self.title)}</b></p>{table}<p>{escape(self.advice)}</p>"
+        sign = {True: "✔ ", False: "✘ ", None: ""}[self.fits]
+        table, svg, left = Table(self.rows())._repr_html_(), "", 0.0
+        scale = 500 / max(self.total, self.device_memory or 0)
+        for size, colour in zip(self.parts.values(), plots.COLOURS, strict=False):
+            svg += f'<rect x="{left}" width="{size * scale}" height="20" fill="{colour}"/>'
+            left += size * scale
+        if self.device_memory is not None:
+            svg += f'<rect x="{self.device_memory * scale - 2}" width="2" height="24" fill="#888"/>'
+        svg = f'<svg width="500" height="24" role="img" aria-label="parts">{svg}</svg>'
+        return f"<p><b>{sign}{escape(self.advice)}</b></p>{svg}<p>{escape(self.title)}</p>{table}"
 
     def figure(self) -> Any:
         """The parts on top of each other, and the device's limit as a line."""

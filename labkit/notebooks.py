@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from labkit.record import write_text
+from labkit.files import write_text
 
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
 ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold
@@ -49,11 +49,32 @@ def find(name: str) -> Path:
     paths = sorted(folder().glob("[0-9]*.ipynb"))
     known = {n.lower(): p for p in paths for n in (*p.stem.split("_", 1), p.stem)}
     wanted = Path(name).stem.lower().replace("-", "_")
+    wanted = wanted.zfill(2) if wanted.isdigit() else wanted
     if wanted not in known:
         raise ValueError(
             f"no notebook is called {name!r}; there are {', '.join(p.stem for p in paths)}"
         )
     return known[wanted]
+
+
+def parameters_cell(path: Path) -> str:
+    """The source of the cell tagged `parameters`: a line for each, its meaning in a comment."""
+    tagged = [c["source"] for c in _read(path)[0] if "parameters" in c["metadata"].get("tags", [])]
+    return "\n".join(tagged)
+
+
+def limits(path: Path) -> str:
+    """The limits of a notebook's parameters, in words."""
+
+    def words(rule: Any) -> str:
+        if isinstance(rule, dict):
+            return " ".join(f"{key} {value}" for key, value in rule.items())
+        if isinstance(rule[0], str):
+            return "|".join(rule)
+        return f"from {rule[0]}" + (f" to {rule[1]}" if rule[1] is not None else "")
+
+    rules = _read(path)[1].get("limits", {})
+    return ", ".join(f"{name} {words(rule)}" for name, rule in rules.items()) or "none"
 
 
 def parameters(path: Path) -> dict[str, Any]:
@@ -62,9 +83,8 @@ def parameters(path: Path) -> dict[str, Any]:
     The cell is parsed: papermill's `inspect_notebook` skips lines with a second `=`, in a
     comment for instance. Raises `ValueError` for a line that is not `name = literal`.
     """
-    tagged = [c["source"] for c in _read(path)[0] if "parameters" in c["metadata"].get("tags", [])]
     found = {}
-    for node in ast.parse("\n".join(tagged)).body:
+    for node in ast.parse(parameters_cell(path)).body:
         try:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target  # type: ignore
             found[target.id] = ast.literal_eval(node.value)  # type: ignore
@@ -155,8 +175,12 @@ def clean(path: Path) -> None:
     for cell in nb.cells:
         tags = [tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill-")]
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if "outputs" in cell:  # of a widget, its copy is kept
+            cell.outputs = [output for output in cell.outputs if not _dead(output)]
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            data = output.get("data", {})
+            if "image/png" in data and "text/html" in data:  # GitHub shows no pictures in HTML
+                del data["text/html"]
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
     write_text(path, nbformat.writes(nb).rstrip("\n") + "\n")
@@ -168,6 +192,11 @@ def keep_verdicts(path: Path, claims: list[dict[str, Any]]) -> None:
     names = ("number", "claim", "verdict")
     nb["metadata"]["labkit"]["verdicts"] = [{name: c[name] for name in names} for c in claims]
     write_text(path, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def _dead(output: Any) -> bool:
+    data = output.get("data", {})
+    return "application/vnd.jupyter.widget-view+json" in data or data == {"text/plain": ""}
 
 
 def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:

@@ -1,63 +1,188 @@
-"""How far a training run is: its history, and one line that keeps up with it.
+"""How far a training run is: its history, and one view that keeps up with it.
 
-In a notebook the line replaces itself in the cell's output, on a terminal it replaces itself, and in a
-log file a new one comes every ten seconds.
+In a notebook all trainings of a cell share one display: a bar, the loss, the time left, and curves
+with those of the cell's earlier trainings in grey. On a terminal a line replaces itself, in a log
+file a new one comes every ten seconds; `labkit run` shows the line of its kernel.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from html import escape
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 ENTRIES = 200  # of a history, each the mean over as many steps, so that a record stays small
+SMOOTH = 10  # entries of which the shown loss is the mean: single batches are noisy
+_HINT = "<small>■ (interrupt) ends it and keeps the model</small>"
+STOPPED = "stopped at step {} of {}: the model keeps what it learned"
 
 
-class Line(AbstractContextManager):
-    """One line of text that is replaced; use it in a `with`, so that the last one is shown."""
+def cell() -> int | None:
+    """The number of the notebook cell that runs, or None outside of a notebook."""
+    if type(sys.stderr).__module__ != "ipykernel.iostream":
+        return None
+    from IPython import get_ipython
 
-    def __init__(self, show: bool = True) -> None:
-        self._enabled, self._last, self._shown = show, "", 0.0
-        self._id, self._drawn = uuid.uuid4().hex, False
-        self._notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
+    return get_ipython().execution_count
+
+
+class Live(AbstractContextManager):
+    """The view of one training; use it in a `with`, so that the last state is shown.
+
+    In a notebook it also lets the reader stop: the interrupt button, or the view's own where
+    the kernel hears it while it works, sets `stopping`, which the training obeys at the next
+    step. A second interrupt ends the cell at once, as ever.
+    """
+
+    _views: list[Live] = []  # of the cell that runs
+
+    def __init__(self, label: str = "", show: bool = True) -> None:
+        self.label, self._enabled, self.stopping = label, show, False
+        self.points: dict[str, list[tuple[int, float]]] = {}
+        self.begun, self._start, self._shown = 0, time.perf_counter(), -math.inf
+        self._text, self._share, self._sample, self._cell = "", 0.0, "", cell()
+        self._id, self._drawn, self._button, self._handler = uuid.uuid4().hex, False, None, None
         self._terminal = sys.stderr.isatty()
-        self._pause = 0.5 if self._notebook else 0.2 if self._terminal else 10.0
+        self._pause = 0.5 if self._cell is not None else 0.2 if self._terminal else 10.0
+
+    def __enter__(self) -> Live:
+        if self._enabled and self._cell is not None:
+            if Live._views and Live._views[0]._cell != self._cell:
+                Live._views = []
+            Live._views = [*Live._views, self]
+            if threading.current_thread() is threading.main_thread():
+                self._handler = signal.signal(signal.SIGINT, self._interrupted)
+            self._button = self._stop_button()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._last:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        if self._button is not None:
+            self._display({"text/plain": ""}, "stop", update=True)
+            self._button.close()
+        if self._text:
+            self._share = 0.0
             self._draw(end="\n")
 
-    def show(self, text: str) -> None:
-        """Replaces the line, unless the last time was a moment ago."""
-        self._last = text if self._enabled else ""
-        if self._last and time.monotonic() - self._shown >= self._pause:
+    def _interrupted(self, *_: Any) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def _stop_button(self) -> Any:
+        """A button, where a click is heard while the cell runs: by a subshell (ipykernel 7)."""
+        from IPython import get_ipython
+
+        kernel = get_ipython().kernel
+        jupyter = "deletedCells" in (kernel.get_parent("shell") or {}).get("metadata", {})
+        if not (jupyter and getattr(kernel, "_supports_kernel_subshells", False)):
+            return None
+        import ipywidgets
+
+        button = ipywidgets.Button(description="Stop", tooltip="ends here and keeps the model")
+        button.on_click(lambda _: setattr(self, "stopping", True))
+        # ipykernel sends replies to the thread that made the button, which is busy.
+        button.comm.__dict__.pop("_reply_subshell_id", None)
+        self._display(button._repr_mimebundle_(), "stop", update=len(Live._views) > 1)
+        return button
+
+    def _display(self, data: Any, name: str, update: bool) -> None:
+        from IPython.display import display
+
+        display(data, raw=True, display_id=f"{Live._views[0]._id}-{name}", update=update)
+
+    def show(
+        self, step: int, last: int, values: dict[str, float], note: str = "", sample: str = ""
+    ) -> None:
+        """Adds a point to each curve, and draws them unless that was done a moment ago."""
+        for name, value in values.items():
+            self.points.setdefault(name, []).append((step, value))
+        if not self._enabled:
+            return
+        seconds, over = time.perf_counter() - self._start, step == last
+        left = seconds / max(step - self.begun, 1) * (last - step)
+        shown = [f"{name} {points[-1][1]:.3f}" for name, points in self.points.items()]
+        shown += [note, duration(seconds) if over else f"{duration(left)} left"]
+        where = STOPPED.format(step, last) if self.stopping and not over else f"step {step}/{last}"
+        title = f"{self.label}: " if self.label else ""
+        self._text, self._share = title + " · ".join([where, *filter(None, shown)]), step / last
+        self._sample = sample
+        if time.perf_counter() - self._shown >= self._pause:
             self._draw(end="" if self._terminal else "\n")
 
     def _draw(self, end: str) -> None:
-        self._shown, shown = time.monotonic(), {"text/plain": self._last}
-        if not self._notebook:
+        self._shown = time.perf_counter()
+        if file := os.environ.get("LABKIT_PROGRESS"):
+            with suppress(OSError):
+                Path(file).write_text(self._text, "utf-8")
+        if self._cell is None:
             start = "\r\x1b[K" if self._terminal else ""
-            print(f"{start}{self._last}", end=end, file=sys.stderr, flush=True)
+            print(f"{start}{self._text}", end=end, file=sys.stderr, flush=True)
             return
-        from IPython.display import display
+        views = [view for view in Live._views if view._text]
+        data = {"text/plain": "\n".join(view._text for view in views), "text/html": _page(views)}
+        self._display(data, "view", update=Live._views[0]._drawn)
+        Live._views[0]._drawn = True
 
-        display(shown, raw=True, display_id=self._id, update=self._drawn)
-        self._drawn = True
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _page(views: Sequence[Live]) -> str:
+    """A line for each training of the cell, then their curves, the last one's in colour."""
+    *_, view = views
+    lines = "<br>".join(escape(v._text) for v in views)
+    if view._share:
+        lines += f'<br><progress value="{view._share:.3f}" style="width:30em"></progress> {_HINT}'
+    curves = [[v.points[name] for v in views if name in v.points] for name in view.points]
+    svgs = "".join(map(_curve, view.points, curves))
+    sample = f"<br>newest sample: {escape(view._sample)}" if view._sample else ""
+    return f'<div aria-live="polite" style="text-align:left">{lines}<br>{svgs}{sample}</div>'
+
+
+def _curve(name: str, curves: Sequence[Sequence[tuple[int, float]]]) -> str:
+    xs, ys = zip(*(point for curve in curves for point in curve), strict=True)
+    low, across, up = min(ys), 280 / max(*xs, 1), 70 / (max(ys) - min(ys) or 1)
+    svg = ""
+    for number, curve in enumerate(curves, start=1):
+        colour = "#2563a8" if number == len(curves) else "#aaaaaa"
+        path = " ".join(f"{x * across:.0f},{75 - (y - low) * up:.1f}" for x, y in curve)
+        svg += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    label = f"{name}, from {min(ys):.3g} to {max(ys):.3g}"
+    svg = f'<svg width="284" height="80" role="img" aria-label="{escape(label)}">{svg}</svg>'
+    style = "display:inline-block;margin:.3em 1em 0 0"
+    return f'<figure style="{style}">{svg}<figcaption>{escape(label)}</figcaption></figure>'
 
 
 class History(TrainerCallback):
     """Losses, metrics, tokens and time of a run, read off the device once an entry."""
 
-    def __init__(self, log: Callable[[dict, int], Any] | None, line: Line) -> None:
+    def __init__(
+        self,
+        log: Callable[[dict, int], Any] | None,
+        live: Live,
+        held_out: Callable[[], float] | None = None,
+    ) -> None:
         self.entries: list[dict] = []
-        self.tokens, self._log, self._line = 0, log, line
+        self.tokens, self._log, self._live, self._held_out = 0, log, live, held_out
         self._steps: list[dict[str, Any]] = []
         self._step: dict[str, Any] = {}
 
@@ -71,7 +196,8 @@ class History(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.entries = [entry for entry in state.log_history if "seconds" in entry]
         self._before = self.entries[-1]["seconds"] if self.entries else 0.0
-        self._begun, self._entry_tokens = state.global_step, 0
+        self._live.begun = self._next = state.global_step
+        self._entry_tokens = 0
         self._start = self._entry_start = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -81,14 +207,17 @@ class History(TrainerCallback):
         self._steps.append(self._step)
         self._step = {}
         step, last = state.global_step, state.max_steps
-        if step % max(1, last // ENTRIES) and step < last and not control.should_save:
+        control.should_training_stop |= self._live.stopping
+        ends = step == last or control.should_training_stop or control.should_save
+        if step % max(1, last // ENTRIES) and not ends:
             return  # a checkpoint must not be written before its losses were looked at
         entry = self._close(step)
         state.log_history.append(entry)
-        seconds = time.perf_counter() - self._start
-        left = seconds / (step - self._begun) * (last - step)
-        now = f"loss {entry['loss']:.3f} · {self.tokens / seconds:,.0f} tokens/s"
-        self._line.show(f"step {step}/{last} · {now} · {left:.0f} s left")
+        values = {"loss": fmean(entry["loss"] for entry in self.entries[-SMOOTH:])}
+        speed = self.tokens / (time.perf_counter() - self._start)
+        if self._held_out and step >= self._next:
+            values["held-out loss"], self._next = self._held_out(), step + last / 4
+        self._live.show(step, last, values, f"{speed:,.0f} tokens/s")
 
     def _close(self, step: int) -> dict[str, float]:
         names, now = list(self._steps[0]), time.perf_counter()

@@ -6,6 +6,7 @@ atomically. The history is kept here too, as offline runs of W&B cannot be read 
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -22,15 +23,18 @@ from typing import Any
 
 import psutil
 
-from labkit import tinytown
+from labkit import notebooks, sweeps
+from labkit.files import plain, write_text
 from labkit.provenance import commit, hardware, peak_memory, versions
 from labkit.show import Table
+from labkit.sweeps import differs, recorded  # noqa: F401
 
 Place = str | Path | None
 Values = dict[str, Any]
 VERDICTS = ("holds", "holds in part", "not measured here", "undecided", "does not hold here")
 # What may change when a run is resumed: no training that goes on depends on it.
 FREE = {"resume", "save_steps", "recorded", "test_examples", "kl_limit", "device"}
+_WRITES = ("log", "metric", "claim", "check", "table", "artifact", "timed", "path")
 _PROJECT = Path(__file__).resolve().parents[1]
 _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
@@ -44,6 +48,7 @@ class Run:
     """One run. Use `start` to make it and `finish` to close it."""
 
     _wandb: Any = None
+    _open: Run | None = None  # of this process; one that is left open says interrupted
 
     def __init__(self, notebook: str, folder: Path, parameters: Values) -> None:
         self.folder, self.record = folder, _new_record(notebook, folder, parameters)
@@ -60,9 +65,16 @@ class Run:
         return self.folder / name
 
     def log(self, metrics: Values, step: int | None = None) -> None:
-        """Append one entry to the history. Without `step`, the entry's number is its step."""
-        entry = {"step": len(self.record["history"]) if step is None else int(step), **metrics}
-        self.record["history"].append(plain(entry))
+        """Append one entry to the history. Without `step`, the entry's number is its step.
+
+        A series that does not go on (the training was run again) begins anew.
+        """
+        history = self.record["history"]
+        entry = {"step": len(history) if step is None else int(step), **metrics}
+        if any(e["step"] >= entry["step"] and e.keys() & metrics for e in reversed(history)):
+            left = ({k: e[k] for k in e if k not in metrics} for e in history)
+            history[:] = [e for e in left if len(e) > 1]
+        history.append(plain(entry))
         self._send(lambda run: run.log(entry))
         if time.perf_counter() - self._written > _WRITE_EVERY:
             self._write()
@@ -72,11 +84,18 @@ class Run:
         self.record["metrics"].update(plain(values))
         self._write()
 
-    def claim(self, number: int, claim: str, how: str, value: Any, verdict: str) -> None:
-        """Record a measurement of a claim, or of a part of it; the same `claim` again replaces it."""
+    def claim(
+        self, number: int, claim: str, how: str, value: Any, verdict: str, source: str = ""
+    ) -> None:
+        """Record a measurement of a claim, or of a part of it; the same `claim` again replaces it.
+
+        `source` is what decides it: "this run", or the name of a recorded sweep (`sweeps.source`).
+        """
         if verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}; got {verdict!r}")
-        entry = plain(dict(number=number, claim=claim, how=how, value=value, verdict=verdict))
+        entry = plain(dict(number=number, verdict=verdict, claim=claim, how=how, value=value))
+        if verdict != "not measured here":
+            entry["source"] = sweeps.source(source)
         others = [c for c in self.record["claims"] if (c["number"], c["claim"]) != (number, claim)]
         self.record["claims"] = sorted([*others, entry], key=lambda c: c["number"])
         self._write()
@@ -137,8 +156,8 @@ class Run:
             timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - began, 3)
 
     def claims_table(self) -> Table:
-        """The claims so far: number, claim, how measured, value, verdict."""
-        names = {"number": "#", "how": "how measured"}
+        """The claims so far: number, verdict, claim, how measured, value, what decides."""
+        names = {"number": "#", "how": "how measured", "source": "decided by"}
         rows = [{names.get(key, key): c[key] for key in c} for c in self.record["claims"]]
         return Table(rows, css_class="labkit-claims")
 
@@ -151,6 +170,7 @@ class Run:
             self._send(lambda run: run.summary.update(self.record["metrics"]))
             self._send(lambda run: run.finish(exit_code=int(status != "finished")))
             self._wandb = None
+            self.__dict__ |= dict.fromkeys(_WRITES, _refuse)
 
     def _send(self, send: Callable[[Any], Any]) -> None:
         """Calls `send(run of W&B)` unless W&B is off; its errors never end this run."""
@@ -173,18 +193,42 @@ def start(
 ) -> Run:
     """Begin a run: make its folder, write the first record, open W&B unless it is off.
 
-    The folder is `$LABKIT_RUN_DIR` (set by `labkit run`), else a new one below `root`, by
-    default `project_root()`. Raises OSError if it cannot be written or holds a record, and what
-    `check_resume` raises.
+    `parameters` may be a notebook's `globals()`, of which its parameters are taken. They are
+    checked as those of `labkit run` are; a run that this process left open is closed. The folder
+    is `$LABKIT_RUN_DIR` (set by `labkit run`), else a new one below `root`, by default
+    `project_root()`. Raises OSError if it cannot be written or holds a record, and ValueError
+    from `notebooks.validate` and `check_resume`.
     """
+    with suppress(FileNotFoundError):  # no such notebook
+        path = notebooks.folder() / f"{notebook}.ipynb"
+        known = notebooks.parameters(path)
+        if "__name__" in parameters:
+            wandb_project = parameters.get("wandb_project", wandb_project)
+            parameters = {n: parameters[n] for n in known if n != "wandb_project"}
+        own = {name: value for name, value in parameters.items() if name in known}
+        parameters = parameters | notebooks.validate(own, path)
     check_resume(notebook, parameters)
+    if Run._open:
+        Run._open.finish("interrupted")
     folder = Path(os.environ.get("LABKIT_RUN_DIR") or new_folder(notebook, root))
     if (folder / "record.json").exists():
         raise FileExistsError(f"{folder} already holds a run's record; unset LABKIT_RUN_DIR")
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(notebook, folder, parameters)
     run._wandb = _start_wandb(run, wandb_project)
+    Run._open, sweeps.this_run = run, {"notebook": notebook} | run.record["parameters"]
     return run
+
+
+@atexit.register
+def _close_open() -> None:
+    if Run._open and not os.environ.get("LABKIT_RUN_DIR"):  # `labkit run` closes its own
+        Run._open.finish("interrupted")
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    again = "Run the cell with record.start again to begin another"
+    raise RuntimeError(f"this run is closed, and a closed run is never written to. {again}")
 
 
 def check_resume(notebook: str, parameters: Values) -> None:
@@ -226,7 +270,7 @@ def project_root() -> Path:
     return Path(os.environ.get("LABKIT_RUNS") or default)
 
 
-def close(folder: Path, notebook: str, parameters: Values, status: str, error: str = "") -> None:
+def close(folder: Path, notebook: str, parameters: Values, status: str, error: str = "") -> Values:
     """Close the record in `folder` from outside, after its kernel ended or recorded nothing."""
     made = (folder / "record.json").exists()
     record = _read(folder) if made else _new_record(notebook, folder, parameters)
@@ -234,6 +278,7 @@ def close(folder: Path, notebook: str, parameters: Values, status: str, error: s
         record.update(status=status, error=error or record["error"], ended=_now())
     _drop_empty(folder)
     _write_record(folder, record)
+    return record
 
 
 def read_runs(root: Place = None) -> list[Values]:
@@ -263,40 +308,6 @@ def _lives(number: int, file: Path) -> bool:
         earlier = process.create_time() <= file.stat().st_mtime
         return earlier and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def recorded(question: str) -> Values:
-    """A long sweep's committed results; says so where there are none, or of an earlier base."""
-    file = _PROJECT / f"benchmarks/results/{question}.json"
-    found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
-    if not found["runs"]:
-        print(f"{file.name} is not recorded yet: benchmarks/{question}.py makes it.")
-    elif found.get("base") != tinytown.base_checksum():
-        print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
-    return found
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON holds it: tensors and arrays as lists, NaN and infinity as text."""
-    from pydantic_core import to_json
-
-    def other(x: Any) -> Any:
-        return x.tolist() if hasattr(x, "tolist") else str(x)
-
-    return json.loads(to_json(value, inf_nan_mode="strings", fallback=other))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace `file` atomically: written next to it, flushed to the disk, then renamed."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _new_record(notebook: str, folder: Path, parameters: Values) -> Values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from os.path import commonprefix
@@ -9,14 +10,26 @@ from typing import Any
 
 from .templates import Row, prompt_text, response
 
-_MASKS = ("border:1px solid #8885;opacity:.65", "border:1px solid #2a6;background:#2a63")
-
+SIGNS = {"holds": "✔", "holds in part": "◐", "does not hold here": "✘"}
+_MASKS = (  # tags that GitHub keeps, colours where they are let through
+    '<span style="opacity:.65">{}</span>',
+    '<ins><b style="font-weight:normal;background:#2a63">{}</b></ins>',
+)
 _MASK_LINE = "line-height:1.9;text-align:left;white-space:pre-wrap"
 
 
 def show(value: Any) -> str:
     """A value as a short text: floats to four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _texts(values: list[Any]) -> list[str]:
+    """A column: floats of like size with as many decimals as give the largest four digits."""
+    sizes = [abs(v) for v in values if isinstance(v, float) and v and math.isfinite(v)]
+    if not sizes or max(sizes) > 1000 * min(sizes):
+        return [*map(show, values)]
+    decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
+    return [f"{v:,.{decimals}f}" if isinstance(v, float) else show(v) for v in values]
 
 
 class Table:
@@ -29,14 +42,28 @@ class Table:
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def cells(self) -> list[list[str]]:
-        return [[show(row.get(name, "")) for name in self.columns] for row in self.rows]
+        columns = [_texts([row.get(name, "") for row in self.rows]) for name in self.columns]
+        return [*map(list, zip(*columns, strict=True))]
 
     def _repr_html_(self) -> str:
-        body, style = "", f' style="{self.style}"' if self.style else ""
-        for tag, line in [("th", map(str, self.columns)), *(("td", row) for row in self.cells())]:
-            cells = (f"<{tag}{style}>{escape(cell)}</{tag}>" for cell in line)
-            body += f"<tr>{''.join(cells)}</tr>"
-        return f'<table class="{self.css_class}">{body}</table>'
+        numbers = [
+            all(isinstance(row.get(name, 0), int | float) for row in self.rows)
+            for name in self.columns
+        ]
+        sides = ["right" if number and not self.style else "left" for number in numbers]
+
+        def line(tag: str, texts: Iterable[str]) -> str:
+            cells = ""
+            for side, text in zip(sides, texts, strict=True):
+                style = f"text-align:{side};{self.style}"  # GitHub keeps `align`, others `style`
+                scope = ' scope="col"' if tag == "th" else ""
+                text = f"{SIGNS[text]} {text}" if text in SIGNS else text
+                cells += f'<{tag}{scope} align="{side}" style="{style}">{escape(text)}</{tag}>'
+            return f"<tr>{cells}</tr>"
+
+        body = "".join(line("td", row) for row in self.cells())
+        head = f"<thead>{line('th', map(str, self.columns))}</thead>"
+        return f'<table class="{self.css_class}">{head}<tbody>{body}</tbody></table>'
 
     def __repr__(self) -> str:
         lines = [[str(name) for name in self.columns], *self.cells()]
@@ -47,7 +74,7 @@ class Table:
 class SideBySide(Table):
     """A table of long texts: line breaks are kept; as plain text, one line per cell."""
 
-    style = "text-align:left;vertical-align:top;white-space:pre-wrap"
+    style = "vertical-align:top;white-space:pre-wrap"
 
     def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
         super().__init__([dict(zip(columns, row, strict=True)) for row in cells])
@@ -84,11 +111,9 @@ class MaskView:
 
     def _repr_html_(self) -> str:
         page = ""
-        for line in [[("no loss", False), ("loss", True)], *self.examples]:
-            texts = (escape(text.replace("\n", "⏎\n")) for text, _ in line)
-            styles = (_MASKS[loss] for _, loss in line)
-            spans = map('<span style="{}">{}</span>'.format, styles, texts)
-            page += f'<p style="{_MASK_LINE}">{"".join(spans)}</p>'
+        for line in [[("no loss", False), (" ", False), ("loss", True)], *self.examples]:
+            tokens = (_MASKS[loss].format(escape(t.replace("\n", "⏎\n"))) for t, loss in line)
+            page += f'<p style="{_MASK_LINE}">{"".join(tokens)}</p>'
         return page
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ off the device once an entry. What a technique changes in the model, it changes 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import tempfile
 import time
@@ -20,7 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import AfterValidator
@@ -32,13 +35,15 @@ from transformers.training_args import OptimizerNames
 from labkit import checkpoints, logprobs, models
 from labkit.batching import Batch, Shuffled, flat, pack
 from labkit.config import Count, Natural, NonNegative, Positive, Share, settings
-from labkit.progress import History, Line, check_finite
+from labkit.progress import SMOOTH, STOPPED, History, Live, cell, check_finite
 from labkit.record import peak_memory
 from labkit.state import unchanged
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
 SAME_NAME = ("learning_rate", "max_steps", "weight_decay", "max_grad_norm", "seed")
+_trained: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()  # by which cells
+logger = logging.getLogger("labkit")
 Optimizer = Annotated[str, AfterValidator(lambda name: OptimizerNames(name).value)]
 
 
@@ -77,7 +82,8 @@ class TrainResult:
     """What a run gave: `loss` is that of the last entry of `history`.
 
     `seconds`, `tokens` (without padding) and `tokens_per_second` count this call only, also
-    after resuming; `peak_memory_bytes` is the device's on a GPU, the process's on a CPU.
+    after resuming; `peak_memory_bytes` is the device's on a GPU, the process's on a CPU. `stopped`
+    says at which step, if the reader of a notebook stopped it.
     """
 
     history: list[dict] = field(repr=False)
@@ -88,6 +94,7 @@ class TrainResult:
     tokens_per_second: float
     peak_memory_bytes: int
     eval_loss: float | None = None
+    stopped: str = ""
 
 
 def sft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,26 +124,36 @@ def fit(
     log: Callable[[dict, int], Any] | None = None,
     extra_loss: Callable[[nn.Module], Tensor] | None = None,
     progress: bool = True,
+    label: str = "",
+    again: bool = False,
 ) -> TrainResult:
     """Trains `model` in place: minimizes the mean of `loss` over `examples`.
 
     `collate(examples, packing=…)` makes batches, whose `weight` says how many terms their loss is
     a mean over. `log(metrics, step)` is called for each entry of the history; `extra_loss(model)`
     is added to the loss of each step, and not reported in it. Afterwards everything but the
-    weights is as before (`models.unchanged`).
+    weights is as before (`models.unchanged`). `label` names the training where it is shown; an
+    interrupt ends it after the step (`progress.Live`).
 
     Raises ValueError for settings or examples that cannot work, before training, and
-    FloatingPointError as soon as the loss is not finite; checkpoints in `output_dir` stay.
+    FloatingPointError as soon as the loss is not finite; checkpoints in `output_dir` stay. So
+    that a cell that is run again does not train on, it also refuses a model that an earlier
+    cell trained with this loss, unless `again`.
     """
     config = config or TrainConfig()
     packing = _check(model, examples, config, output_dir)
+    train_once(model, name_of(loss), again or bool(config.resume))
     made, checkpoint = _resumed(model, examples, loss, config, output_dir)
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
         stack.enter_context(models.no_progress_bar())  # of checkpoints
-        history = History(log, stack.enter_context(Line(progress)))
         collate = partial(collate, packing=packing)
+        live, held_out = stack.enter_context(Live(label, progress)), None
+        if progress and eval_examples is not None:
+            some = eval_examples[:64]  # shown now and then; all of them count at the end
+            held_out = partial(mean_loss, model, some, loss, collate, config.batch_size)
+        history = History(log, live, held_out)
         arguments = _arguments(model, config, str(folder))
         trainer = _Trainer(model, arguments, collate, list(examples), callbacks=[history])
         trainer.batch_loss, trainer.extra_loss = loss, extra_loss
@@ -157,8 +174,31 @@ def fit(
             if log is not None:
                 log({"eval_loss": evaluated}, trainer.state.global_step)
     last, tokens = history.entries[-1], history.tokens
-    speed = seconds, tokens, tokens / seconds
-    return TrainResult(history.entries, last["loss"], last["step"], *speed, peak, evaluated)
+    losses = [entry["loss"] for entry in history.entries]
+    if len(losses) > 2 * SMOOTH and (end := fmean(losses[-SMOOTH:])) > losses[0]:
+        fell = f"the loss did not fall, from {losses[0]:.3f} to {end:.3f}"
+        logger.warning("%s: is learning_rate %g too high?", fell, config.learning_rate)
+    total, speed = trainer.state.max_steps, (seconds, tokens, tokens / seconds)
+    stopped = STOPPED.format(last["step"], total) if last["step"] < total else ""
+    return TrainResult(
+        history.entries, last["loss"], last["step"], *speed, peak, evaluated, stopped
+    )
+
+
+def name_of(loss: Loss) -> str:
+    return getattr(getattr(loss, "func", loss), "__qualname__", type(loss).__name__)
+
+
+def train_once(model: nn.Module, how: str, again: bool) -> None:
+    """Raises ValueError if a notebook's earlier cell trained `model` this way, unless `again`."""
+    number, trained = cell(), _trained.setdefault(model, {})
+    if number is not None and trained.get(how, number) != number and not again:
+        raise ValueError(
+            f"model: cell [{trained[how]}] has trained it already, and it would be trained on. "
+            "Run the cell that makes it first, or pass again=True to go on from what it learned"
+        )
+    if number is not None:
+        trained[how] = number
 
 
 @torch.no_grad()
@@ -291,7 +331,7 @@ def _resumed(
         return {}, None
     made = {name: value for name, value in asdict(config).items() if name not in FREE}
     made |= checkpoints.fingerprint(model, examples)
-    made["loss"] = getattr(getattr(loss, "func", loss), "__qualname__", type(loss).__name__)
+    made["loss"] = name_of(loss)
     adapters = map(vars, getattr(model, "peft_config", {}).values())
     for options in (*adapters, getattr(loss, "keywords", {})):  # alpha and dropout; beta of a loss
         made |= {name: x for name, x in options.items() if isinstance(x, int | float)}

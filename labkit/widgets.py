@@ -1,19 +1,54 @@
-"""What a notebook lets its reader turn: instant calculators, no training behind them."""
+"""What a notebook lets its reader turn: calculators and questions, no training behind them.
+
+A widget lives only where its kernel does. So each stands with a copy of what it first showed, which
+browsers hide beside the live one: it is what GitHub, nbviewer, nbconvert and a reopened file show.
+"""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import ipywidgets as w
 from IPython.core.formatters import format_display_data
+from IPython.display import display
 from IPython.utils.capture import capture_output
 
-from labkit.show import Table
+from labkit.generate import responses
+from labkit.show import SideBySide, Table
 
 TARGETS = ("q, v", "q, k, v, o", "all linear layers")
 MLP_RATIO = 11008 / 4096  # of Llama-2-7B: the width inside its MLP, in hidden widths
+
+
+class Explorer(w.VBox):
+    """Controls above an `Output`; shows itself with the copy."""
+
+    def _ipython_display_(self, **_: Any) -> None:
+        *controls, view = self.children
+        name = f"labkit-{self.model_id[:8]}"
+        self.add_class(name)
+        values = [f"{c.description} = {getattr(c, 'label', None) or c.value}" for c in controls]
+        caption = f"{', '.join(values)} (run the cell to change them)"
+        display(self._repr_mimebundle_() | {"text/plain": caption}, raw=True)
+        hidden = f"body:has(.{name}) .{name}-copy{{display:none}}"
+        # JupyterLab says "model not found" in place of a widget whose kernel is gone.
+        hidden += (
+            f".jp-OutputArea-child:has(~ * .{name}-copy) [data-mime-type*=widget]:not(:has(*))"
+        )
+        start = f'<div class="{name}-copy"><style>{hidden}{{display:none}}</style>'
+        first = {"text/html": f"<p>{escape(caption)}</p>"}
+        for data in [first, *(output.get("data", output) for output in view.outputs)]:
+            page = data.get("text/html")
+            if png := data.get("image/png"):
+                page = f'<img src="data:image/png;base64,{png}">'
+            page = page or f"<pre>{escape(data.get('text') or data.get('text/plain', ''))}</pre>"
+            kept = {kind: data[kind] for kind in ("image/png", "text/plain") if kind in data}
+            display(
+                {"text/plain": caption} | kept | {"text/html": f"{start}{page}</div>"}, raw=True
+            )
 
 
 def explore(function: Callable[..., Any], **controls: Any) -> Any:
@@ -39,7 +74,37 @@ def explore(function: Callable[..., Any], **controls: Any) -> Any:
     update()
     for control in controls.values():
         control.observe(update, "value")
-    return w.VBox([*controls.values(), view])
+    return Explorer([*controls.values(), view])
+
+
+def ask(
+    networks: Mapping[str, Any],
+    tokenizer: Any,
+    questions: Sequence[str],
+    *,
+    template: str = "auto",
+    max_new_tokens: int = 48,
+) -> Any:
+    """Asks the models, `{name: model}`, what the reader types: their answers side by side.
+
+    `questions` are to choose from; an empty box asks the first. At temperature 0 decoding is greedy.
+    """
+
+    def answers(question: str, temperature: float) -> Table:
+        options: dict[str, Any] = dict(temperature=temperature, template=template)
+        rows = [{"prompt": question.strip() or questions[0], "completion": ""}]
+        options["max_new_tokens"] = max_new_tokens
+        found = [responses(net, tokenizer, rows, **options)[0][0] for net in networks.values()]
+        return SideBySide(tuple(networks), [found])
+
+    known = dict(options=list(questions), value=questions[0], continuous_update=False)
+    return explore(
+        answers,
+        question=w.Combobox(**known, description="question", layout={"width": "40em"}),
+        temperature=w.FloatSlider(
+            max=1.5, step=0.1, continuous_update=False, description="temperature"
+        ),
+    )
 
 
 def lora_row(rank: int, width: int, layers: int, targets: str = "q, v") -> dict[str, str]:

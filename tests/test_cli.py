@@ -194,8 +194,11 @@ def test_a_stopped_run_is_closed_as_interrupted_with_its_folder(library, stop):
     save(library / "notebooks" / "04_slow.ipynb", SLEEP)
     process, out, err = stopped("run", *stop)
     (folder,) = (library / "runs" / "04_slow").iterdir()
-    assert process.returncode == 1 and record.read_runs()[0]["status"] == "interrupted", err
-    assert f"-p resume {folder}" in out and "Traceback" not in err
+    assert process.returncode == 130 and record.read_runs()[0]["status"] == "interrupted", err
+    assert (
+        out == "" and len(err.splitlines()) == 2
+    )  # of the section, and one that says how to go on
+    assert f"labkit run 04_slow -p resume={folder}" in err and "Traceback" not in err
     assert {f.name for f in folder.iterdir()} == {"checkpoints", "notebook.ipynb", "record.json"}
 
 

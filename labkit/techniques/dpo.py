@@ -149,13 +149,14 @@ def train(
     eval_rows: Sequence[Row] | None = None,
     output_dir: str | Path | None = None,
     log: Callable[[dict, int], Any] | None = None,
-    progress: bool = True,
+    **shown: Any,
 ) -> training.TrainResult:
     """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
 
     The reference is `model` as it comes; its log-probabilities of `rows` and `eval_rows` are kept
     in `output_dir`, and taken from there, or from where a run is resumed. There is no dropout.
-    The rest, and what is raised, is as in `encode_pairs` and `training.fit`.
+    The rest, `shown` (`progress`, `label`, `again`) and what is raised, is as in `encode_pairs` and
+    `training.fit`.
     """
     config = config or DPOConfig()
     limit = models.fitting(model, config.max_length)
@@ -167,7 +168,7 @@ def train(
 
     pairs, held = encoded(rows), None if eval_rows is None else encoded(eval_rows)
     options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
-    options |= dict(collate=pack_pairs, progress=progress)
+    options |= dict(collate=pack_pairs) | shown
     with models.unchanged(model):
         disable_dropout_in_model(model)
         return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)

@@ -94,11 +94,12 @@ def train(
     eval_rows: Sequence[Row] | None = None,
     output_dir: str | Path | None = None,
     log: Callable[[dict, int], Any] | None = None,
-    progress: bool = True,
+    **shown: Any,
 ) -> training.TrainResult:
     """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
 
-    There is no dropout. What is raised, and the rest, is as in `encode_pairs` and `training.fit`.
+    There is no dropout. What is raised, `shown` (`progress`, `label`, `again`) and the rest, is as
+    in `encode_pairs` and `training.fit`.
     """
     config = config or ORPOConfig()
     limit = models.fitting(model, config.max_length)
@@ -106,7 +107,7 @@ def train(
     held = None if eval_rows is None else encode(eval_rows, tokenizer)
     collate = partial(pack_pairs, learn_prompts=config.nll == "all")
     options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
-    options |= dict(collate=collate, progress=progress)
+    options |= dict(collate=collate) | shown
     loss = partial(pair_loss, config=config)
     with models.unchanged(model):
         disable_dropout_in_model(model)

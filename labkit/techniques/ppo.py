@@ -37,10 +37,11 @@ from labkit.batching import Example
 from labkit.config import Count, Natural, NonNegative, Positive, Probability, settings
 from labkit.generate import encode_prompts
 from labkit.logprobs import masked_mean, masked_whiten
-from labkit.progress import Line, check_finite
+from labkit.progress import STOPPED, Live, check_finite
 from labkit.techniques import rollout as rollouts
 from labkit.techniques.rollout import PolicyWithValue, Reward, Rollout, rollout
 from labkit.templates import Row
+from labkit.training import train_once
 
 logger = logging.getLogger("labkit")
 
@@ -255,13 +256,17 @@ def train(
     log: Callable[[dict, int], Any] | None = None,
     on_rollout: Callable[[Rollout, dict], Any] | None = None,
     progress: bool = True,
+    label: str = "",
+    again: bool = False,
 ) -> Result:
     """Trains `model` in place: `config.steps` times a rollout and an update.
 
     Prompts are as in `rollout`. The reference is `model` as it comes, or with its adapters off; so
     a run is resumed with the model it began with. The main process calls `log(metrics, step)` and
-    `on_rollout(rollout, metrics)`. Raises ValueError before any work for what cannot work, what
-    `compute_rewards` raises, FloatingPointError for a loss; checkpoints in `output_dir` stay.
+    `on_rollout(rollout, metrics)`; what the latter adds to the metrics is shown too. Raises
+    ValueError before any work for what cannot work, what `compute_rewards` raises,
+    FloatingPointError for a loss; checkpoints in `output_dir` stay. `label`, `again` and an
+    interrupt are as in `training.fit`.
     """
     config, started = config or PPOConfig(), time.perf_counter()
     state = PartialState(cpu=model.device.type == "cpu")
@@ -271,7 +276,8 @@ def train(
     encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    with models.unchanged(model), Line(progress and main) as line:
+    train_once(model, "PPO", again or bool(config.resume))
+    with models.unchanged(model), Live(label, progress and main) as live:
         model.to(state.device if several else model.device)
         if model.device.type == "cpu":
             models.use_float32_attention(model)
@@ -287,15 +293,18 @@ def train(
         elif config.save_steps:
             checkpoints.check_unused(str(output_dir))
         history, stopped = run["history"], ""
+        live.begun = len(history)
 
         def finish() -> None:
+            own = {*metrics}
             if on_rollout and main:
                 on_rollout(sampled, metrics)
             history.append({"step": step + 1, **metrics})
             if log and main:
                 log(metrics, step + 1)
-            now = f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f}"
-            line.show(f"step {step + 1}/{config.steps} · {now}")
+            shown = {k: v for k, v in metrics.items() if k in ("reward", "kl") or k not in own}
+            newest = f"{sampled.prompts[-1]} → {sampled.responses[-1]}"
+            live.show(step + 1, config.steps, shown, sample=newest)
             every, last = config.save_steps, step + 1 == config.steps
             if every and main and not stopped and (last or (step + 1) % every == 0):
                 checkpoints.save(str(output_dir), step + 1, policy, optimizer, run, made)
@@ -307,6 +316,8 @@ def train(
             sampled = rollout(policy, tokenizer, chosen, reward, config, step)
             metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run["notes"])
             rollouts.on_all_ranks(finish)
+            if live.stopping and len(history) < config.steps:
+                stopped = stopped or STOPPED.format(len(history), config.steps)
     notes = tuple(run["notes"])
     return Result(history, len(history), time.perf_counter() - started, stopped, notes)
 

@@ -286,12 +286,13 @@ def train(
     *,
     output_dir: str | Path | None = None,
     log: Callable[[dict, int], Any] | None = None,
-    progress: bool = True,
+    **shown: Any,
 ) -> tuple[RewardModel, training.TrainResult]:
     """Learns from rankings (`prompt`, `responses`, `ranks`) or pairs (`chosen`, `rejected`).
 
     `model` is a tuned causal model, of which a copy is trained, or a network with a reward head
-    (`with_head`), trained in place. The rest, and what is raised, is as in `training.fit`.
+    (`with_head`), trained in place. The rest, `shown` (`progress`, `label`, `again`) and what is
+    raised, is as in `training.fit`.
     """
     config = config or RewardConfig()
     rendered = check(rows, tokenizer, config.template)
@@ -302,6 +303,5 @@ def train(
         draw = random.Random(config.seed)
         rendered = [[r[i] for i in sorted(draw.sample(range(len(r)), 2))] for r in rendered]
     examples = reward._rankings(rendered)
-    options: dict[str, Any] = dict(output_dir=output_dir, log=log, progress=progress)
-    options["collate"] = pack_rankings
+    options: dict[str, Any] = dict(output_dir=output_dir, log=log, collate=pack_rankings) | shown
     return reward, training.fit(scorer, examples, ranking_loss, config, **options)

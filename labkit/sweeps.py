@@ -1,0 +1,51 @@
+"""Recorded sweeps: long runs over several seeds, whose results are committed and decide claims."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from labkit import notebooks, tinytown
+
+_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+_read: dict[str, list[dict[str, Any]]] = {}  # the points of those that this process has read
+this_run: dict[str, Any] = {}  # its notebook and parameters; `record.start` sets them
+
+
+def recorded(question: str) -> dict[str, Any]:
+    """A sweep's committed results, with a word where there are none, or base or settings differ."""
+    file = _FOLDER / f"{question}.json"
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
+    if not found["runs"]:
+        print(f"{file.name} is not recorded yet: benchmarks/{question}.py makes it.")
+        return found
+    _read[question] = found["runs"]
+    if found.get("base") != tinytown.base_checksum():
+        print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
+    if other := differs(question):
+        print(f"This run differs from {question}.json: {other}.")
+    return found
+
+
+def differs(question: str) -> str:
+    """Which parameters of this run are not those that a sweep's points share: a note for figures."""
+    points = [p for p in _read[question] if p.get("stage", "compare") == "compare"]
+    with suppress(FileNotFoundError):
+        names = notebooks.renamed(notebooks.folder() / f"{this_run.get('notebook')}.ipynb")
+        points = [{names.get(name, name): p[name] for name in p} for p in points]
+    found = []
+    for name in [name for name in this_run if points and name in points[0]]:
+        values = [p.get(name) for p in points]
+        if values == values[:1] * len(values) and values[0] != this_run[name]:
+            found.append(f"{name} {this_run[name]} instead of {values[0]}")
+    return ", ".join(found)
+
+
+def source(name: str = "") -> str:
+    """What decides a claim: "this run", or a sweep by name; unknown if left out once one was read."""
+    if name in _read:
+        seeds = {p.get("seed") for p in _read[name]}
+        return f"recorded sweep {name}, {len(seeds)} seeds"
+    return name or ("" if _read else "this run")
