@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import webbrowser
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,13 @@ def run(names, parameter, file, profile, output, all_, keep_going, force):  # ty
 @app.command()
 @click.argument("root", type=_PATH, required=False)
 @click.option("--out", type=_PATH, help="The page, by default runs/report.html.")
-def report(root: Path | None, out: Path | None) -> None:
-    """Make one HTML page of all runs below ROOT/runs: a table, the curves, the claims."""
-    click.echo(page.write(root, out))
+@click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+def report(root: Path | None, out: Path | None, show: bool) -> None:
+    """Make one HTML page of all runs below ROOT/runs, to sort and compare them."""
+    address = page.write(root, out).as_uri()
+    click.echo(address)
+    if show and not webbrowser.open(address):
+        raise ValueError("no browser was found; open the address above in one")
 
 
 @app.command()
@@ -173,6 +178,10 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     click.echo(f"{path.stem}: {status} · {time.perf_counter() - began:.0f} s · {folder}")
     if status != "finished" and record.can_resume(folder):
         click.echo(f"To go on from its last checkpoint, add: -p resume {folder}")
+    try:
+        click.echo(f"All runs: {page.write(output).as_uri()}")
+    except Exception as failure:  # no page is no reason to call the run failed
+        click.echo(f"labkit: the report was not written: {failure}", err=True)
     if status == "interrupted":
         raise SystemExit(1)
     return status == "finished"

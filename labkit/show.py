@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from os.path import commonprefix
 from typing import Any
@@ -17,6 +17,10 @@ _MASK_LINE = "line-height:1.9;text-align:left;white-space:pre-wrap"
 def show(value: Any) -> str:
     """A value as a short text: floats to four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# The open run's `keep`: called with a name and the figure or table of texts that a notebook shows.
+keepers: list[Callable[[str, Any], Any]] = []
 
 
 class Table:
@@ -45,12 +49,20 @@ class Table:
 
 
 class SideBySide(Table):
-    """A table of long texts: line breaks are kept; as plain text, one line per cell."""
+    """A table of long texts: line breaks are kept; as plain text, one line per cell.
+
+    The open run keeps in its record what a notebook shows of it.
+    """
 
     style = "text-align:left;vertical-align:top;white-space:pre-wrap"
 
     def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
         super().__init__([dict(zip(columns, row, strict=True)) for row in cells])
+
+    def _repr_html_(self) -> str:
+        for keep in keepers:
+            keep("samples", self)
+        return super()._repr_html_()
 
     def __repr__(self) -> str:
         names = [f"{name:>8} | " for name in self.columns]
