@@ -1,4 +1,4 @@
-"""The command line: list, run, report; refresh for those who write notebooks.
+"""The command line: list, run, report, sync, dashboard; refresh for those who write notebooks.
 
 What can be refused is refused before a kernel starts, in one line, with exit status 2; a
 notebook that fails or is interrupted gives its own error and status 1.
@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from labkit import notebooks, record
+from labkit import notebooks, record, wandb_log
 from labkit import report as page
 
 _STOPPING = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -99,6 +99,26 @@ def report(root: Path | None, out: Path | None, show: bool) -> None:
     click.echo(address)
     if show and not webbrowser.open(address):
         raise ValueError("no browser was found; open the address above in one")
+
+
+@app.command()
+@click.argument("root", type=_PATH, required=False)
+def sync(root: Path | None) -> None:
+    """Send to W&B the runs below ROOT/runs that were made offline."""
+    sent = wandb_log.sync(Path(root or record.project_root()))
+    click.echo(f"{sent} sent" if sent else "W&B has all runs")
+
+
+@app.command()
+@click.argument("root", type=_PATH, required=False)
+@click.option("--project", default="labkit", help="Of W&B, as in the parameter wandb_project.")
+@click.option("--entity", default="", help="User or team, by default the one logged in.")
+def dashboard(root: Path | None, project: str, entity: str) -> None:
+    """Make or update the shared workspace and the report of claims on W&B."""
+    from labkit import dashboard as shared
+
+    for address in shared.update(project, entity, root):
+        click.echo(address)
 
 
 @app.command()

@@ -39,7 +39,7 @@ _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
 class Run:
     """One run. Use `start` to make it and `finish` to close it."""
 
-    _wandb: Any = None
+    _wandb: wandb_log.Log | None = None
 
     def __init__(self, notebook: str, folder: Path, parameters: Values) -> None:
         self.folder, self.record = folder, _new_record(notebook, folder, parameters)
@@ -57,8 +57,9 @@ class Run:
 
     def log(self, metrics: Values, step: int | None = None) -> None:
         """Append one entry to the history. Without `step`, the entry's number is its step."""
-        entry = {"step": len(self.record["history"]) if step is None else int(step), **metrics}
-        self.record["history"].append(plain(entry))
+        number = len(self.record["history"]) if step is None else int(step)
+        entry = plain({"step": number, **metrics})
+        self.record["history"].append(entry)
         self._send("log", entry)
         if time.perf_counter() - self._written > _WRITE_EVERY:
             self._write()
@@ -92,7 +93,7 @@ class Run:
     def table(self, name: str, rows: list[Values]) -> Table:
         """Record a small table of results under `name`, and return it for display."""
         self.record["tables"][name] = plain(rows)
-        self._send("table", name, rows)
+        self._send("table", name, self.record["tables"][name])
         self._write()
         return Table(rows)
 
@@ -157,17 +158,13 @@ class Run:
             self.record.update(status=status, ended=_now(), hardware=hardware())
             self._write()
             _drop_empty(self.folder)
-            self._send("finish", self.record)
-            self._wandb = None
+            if self._wandb is not None:
+                self._wandb.close(self.record)
+                self._wandb = None
 
     def _send(self, method: str, *arguments: Any) -> None:
-        """Calls a method of `wandb_log.Log` unless W&B is off; its errors never end this run."""
-        try:
-            if self._wandb is not None:
-                getattr(self._wandb, method)(*arguments)
-        except Exception as error:
-            logging.getLogger("labkit").warning("W&B, left out from here on: %s", error)
-            self._wandb = None
+        if self._wandb is not None:
+            self._wandb.send(method, *arguments)
 
     def _write(self) -> None:
         self._written = time.perf_counter()
@@ -193,7 +190,7 @@ def start(
     run = Run(notebook, folder, parameters)
     keepers[:] = [run.keep]
     if os.environ.get("WANDB_MODE") != "disabled":
-        run._wandb = wandb_log.open_log(run.record, folder, wandb_project)
+        run._wandb = wandb_log.Log(run.record, folder, wandb_project)
     return run
 
 

@@ -1,7 +1,8 @@
 """What W&B gets of a run: history, metrics, claims, texts, figures, what was trained and on what.
 
-Nothing that names the machine, its user or its packages leaves, unless W&B's own variables ask for
-it, such as WANDB_HOST or WANDB_X_SAVE_REQUIREMENTS=true; data sets are named, never uploaded.
+A thread of its own sends it, so that no server is waited for. Nothing that names the machine, its
+user or its packages leaves unless W&B's own variables ask for it, such as WANDB_HOST or
+WANDB_X_SAVE_REQUIREMENTS=true; data sets are named, never uploaded.
 """
 
 from __future__ import annotations
@@ -10,70 +11,132 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from contextlib import suppress
 from hashlib import blake2s, sha256
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from labkit.show import show
 
 Values = dict[str, Any]
 UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
-MODELS = ("model", "judge_model")
+UNSENT = "unsent"  # a file of this name marks a run that W&B did not get whole
+WAIT = 40.0  # seconds at most that a finished run waits for W&B
 DATA = ("data", "pretraining_texts", "preferences")  # parameters that name a data set
+_SCALARS = (int, float, str, bool, type(None))
 # A container may have no home to write to; a place that the user has set stays.
 _FOLDERS = [n for n in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if not os.environ.get(n)]
 
 
 class Log:
-    """The run of W&B next to a `record.Run`. Its calls queue what they send, and return."""
+    """The run of W&B next to a `record.Run`, in the run's folder; offline without a server.
 
-    def __init__(self, run: Any, record: Values, folder: Path) -> None:
+    `send` names a method below and returns at once. An error ends what W&B gets, never the run.
+    """
+
+    def __init__(self, record: Values, folder: Path, project: str) -> None:
+        self._record, self._folder, self._figures = record, folder, set[str]()
+        for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
+            del os.environ[name]  # compose files leave them empty, which wandb refuses
+        os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
+        for name in _FOLDERS:
+            os.environ[name] = str(folder / "wandb" / name.split("_")[1].lower())
+        self._about = _about(record, folder, project)
+        self._jobs: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
+        self._thread = Thread(target=self._work, name="wandb", daemon=True)
+        with suppress(Exception):  # said by the thread
+            import requests  # noqa: F401
+            import wandb  # noqa: F401  (two threads that import at once can meet half a module)
+        self._thread.start()
+
+    def send(self, method: str, *arguments: Any) -> None:
+        self._jobs.put((method, arguments))
+
+    def close(self, record: Values) -> None:
+        """Sends the rest, and waits for it; `labkit sync` sends what is not sent in time."""
+        self.send("finish", record)
+        self._thread.join(WAIT)
+        if self._thread.is_alive():
+            self._failed("finish", "no answer")
+
+    def _work(self) -> None:
+        method = ""
+        for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
+            try:
+                self._open(mode)
+                while method != "finish":
+                    method, arguments = self._jobs.get()
+                    getattr(self, method)(*arguments)
+                return
+            except Exception as error:
+                self._failed(method, error)
+                if method:
+                    return
+
+    def _failed(self, method: str, error: Any) -> None:
+        what = "left out from here on" if method else "not opened"
+        if method == "finish":  # all of it is in the run's folder
+            what = "not sent whole, `labkit sync` sends it again"
+            (self._folder / "wandb" / UNSENT).touch()
+        logging.getLogger("labkit").warning("W&B, %s: %s", what, error)
+
+    def _open(self, mode: Any) -> None:
+        import requests
         import wandb
 
-        self.run, self.wandb, self._folder, self._figures = run, wandb, folder, set[str]()
-        run.define_metric("*", step_metric="step")  # else curves of a second training follow on
-        about = {key: record[key] for key in ("hardware", "versions", "commit", "seeds")}
-        run.config.update({"labkit": about})
-        for name in filter(record["parameters"].get, (*MODELS, *DATA)):
-            self._source(name, str(record["parameters"][name]))
+        mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        if mode == "online":  # wandb itself would wait for all of init_timeout
+            requests.head(wandb.setup().settings.base_url, timeout=3)
+        self.run, self.wandb = wandb.init(mode=mode, reinit="finish_previous", **self._about), wandb
+        # Without it, the curve of a second training goes on where the first ended.
+        self.run.define_metric("*", step_metric="step")
+        self._configure(self._record)
+        for name in filter(self._record["parameters"].get, ("model", *DATA)):
+            self._source(name, str(self._record["parameters"][name]))
 
     def log(self, entry: Values) -> None:
         self.run.log({key if key == "step" else _in("train", key): entry[key] for key in entry})
 
     def table(self, name: str, rows: list[Values]) -> None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        kept = (int, float, str, bool, type(None))
         cells = [[row.get(key) for key in columns] for row in rows]
-        cells = [[cell if isinstance(cell, kept) else show(cell) for cell in row] for row in cells]
-        table = self.wandb.Table([str(key) for key in columns], cells, allow_mixed_types=True)
+        cells = [
+            [cell if isinstance(cell, _SCALARS) else show(cell) for cell in row] for row in cells
+        ]
+        table = self.wandb.Table([*map(str, columns)], cells, allow_mixed_types=True)
         self.run.log({_in("texts" if name.startswith("samples") else "tables", name): table})
 
     def figure(self, title: str, image: Any) -> None:
-        """Each title once: a slider redraws its figure with each move."""
+        """Each title once: a slider draws its figure anew with each move."""
         if title not in self._figures:
             self.run.log({f"figures/{title}": self.wandb.Image(image)})
         self._figures.add(title)
 
     def artifact(self, entry: Values) -> None:
-        name, place = entry["name"], self._folder / entry["name"]
-        title = f"{self._folder.parent.name}-{name}".replace("/", "-")
+        title = f"{self._folder.parent.name}-{entry['name']}".replace("/", "-")
         made = self.wandb.Artifact(title, entry["kind"].replace(" ", "-"), metadata=entry)
         if entry["bytes"] <= UPLOAD_BYTES:  # without a copy
-            made.add_dir(str(place), policy="immutable", skip_cache=True)
-        self.run.log_artifact(made)
+            made.add_dir(str(self._folder / entry["name"]), policy="immutable", skip_cache=True)
+        self._publish(made)
 
     def finish(self, record: Values) -> None:
-        claims = record["claims"]
-        if claims:
-            self.table("claims", claims)
+        self._configure(record)  # by now the GPU is known
+        if record["claims"]:
+            self.table("claims", record["claims"])
         summary = {_in("eval", name): value for name, value in record["metrics"].items()}
-        summary |= {f"claims/{claim['number']}": claim["verdict"] for claim in claims}
+        summary |= {f"claims/{claim['number']}": claim["verdict"] for claim in record["claims"]}
         costs = {key: record[key] for key in ("seconds", "peak_memory_bytes")}
         costs |= {f"{name}_seconds": value for name, value in record["timings"].items()}
         self.run.summary.update(summary | {f"cost/{name}": costs[name] for name in costs})
         self.run.finish(exit_code=int(record["status"] != "finished"))
+
+    def _configure(self, record: Values) -> None:
+        about = {key: record[key] for key in ("hardware", "versions", "commit", "seeds")}
+        self.run.config.update({"labkit": about}, allow_val_change=True)
 
     def _source(self, name: str, value: str) -> None:
         """Makes the model or data set that a run starts from its input: its name and checksum."""
@@ -87,66 +150,75 @@ class Log:
         made = self.wandb.Artifact(title, kind, metadata=about)
         with made.new_file("source.json") as stream:
             json.dump(about, stream)
-        # As `use_artifact`, which waits for the server and refuses to work offline.
-        self.run._log_artifact(made, is_user_created=True, use_after_commit=True)
+        self._publish(made, used=True)
+
+    def _publish(self, artifact: Any, used: bool = False) -> None:
+        """`log_artifact`, or `use_artifact`, which W&B itself refuses to do offline."""
+        made, aliases = self.run._prepare_artifact(artifact, None, None, None)
+        how = dict(finalize=True, is_user_created=True, use_after_commit=used)
+        self.run._interface.publish_artifact(self.run, made, aliases, None, **how)
+
+
+def sync(root: Path) -> int:
+    """Sends the runs below `<root>/runs` that W&B has not got; returns how many there were.
+
+    Raises ValueError without a login, and OSError where W&B did not take all of them.
+    """
+    marked = [mark.parent for mark in root.glob(f"runs/*/*/wandb/{UNSENT}")]
+    offline = {file.parent for file in root.glob("runs/*/*/wandb/offline-run-*/*.wandb")}
+    folders = {folder for folder in offline if not [*folder.glob("*.wandb.synced")]}
+    folders |= {folder for place in marked for folder in place.glob("run-*")}
+    if folders:
+        login()
+        command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"]
+        quiet = {
+            name: v for name, v in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SILENT")
+        }
+        if subprocess.run([*command, *map(str, sorted(folders))], env=quiet).returncode:
+            raise OSError("W&B did not take all runs; what it has not got is sent the next time")
+        for place in marked:
+            (place / UNSENT).unlink()
+    return len(folders)
+
+
+def login() -> None:
+    """Raises ValueError unless there is a key for W&B's server."""
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
 
 
 def _in(section: str, name: str) -> str:
     return name if name.startswith(("train/", "eval/")) else f"{section}/{name}"
 
 
-def open_log(record: Values, folder: Path, project: str) -> Log | None:
-    """W&B's run inside the run's folder, or None; offline where its server is not reached."""
-    for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
-        del os.environ[name]  # compose files leave them empty, which wandb refuses
-    os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
-    for name in _FOLDERS:
-        os.environ[name] = str(folder / "wandb" / name.split("_")[1].lower())
-    mode: Any
-    for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
-        try:
-            import wandb
-
-            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-            if mode == "online":  # wandb itself would wait for all of init_timeout
-                import requests
-
-                requests.head(wandb.Settings().base_url, timeout=3)
-            run = wandb.init(mode=mode, reinit="finish_previous", **_about(record, folder, project))
-            return Log(run, record, folder)
-        except Exception as error:
-            logging.getLogger("labkit").warning("W&B was not opened: %s", error)
-    return None
-
-
 def _about(record: Values, folder: Path, project: str) -> Values:
     """What the run is called and belongs to. W&B's own variables, where set, come first."""
+    from labkit import notebooks
+
     notebook, given = record["notebook"], record["parameters"]
     same = {k: v for k, v in given.items() if k not in {*record["seeds"], "resume", "save_steps"}}
     condition = blake2s(json.dumps(same, sort_keys=True).encode(), digest_size=3).hexdigest()
-    about: Values = {"PROJECT": ("project", project), "NAME": ("name", f"{notebook}-{folder.name}")}
-    about["RUN_GROUP"] = ("group", f"{notebook}-{condition}")  # runs that differ in seeds only
-    about["JOB_TYPE"] = ("job_type", notebook)
-    about["NOTES"] = ("notes", _question(notebook))
-    device = "cuda" if _on_gpu() else "cpu"
-    tags = (re.sub(r"^\d+_", "", notebook), Path(str(given.get("model", ""))).name, device)
-    about["TAGS"] = ("tags", [tag[:64] for tag in tags if tag])
-    quiet: Values = dict(silent=True, console="off", init_timeout=10, finish_timeout=10, host="")
-    quiet |= dict(disable_git=True, x_save_requirements=False, x_disable_meta=True)
-    quiet |= dict(x_disable_stats=not _on_gpu())
-    free = {k: v for k, v in quiet.items() if f"WANDB_{k.upper()}" not in os.environ}
-    found = dict(v for k, v in about.items() if f"WANDB_{k}" not in os.environ)
-    return found | dict(dir=str(folder), config=given, settings=free)
-
-
-def _on_gpu() -> bool:
-    torch = sys.modules.get("torch")
-    return bool(torch and torch.cuda.is_available())
-
-
-def _question(notebook: str) -> str:
-    from labkit import notebooks
-
-    with suppress(OSError, ValueError):
-        return next((n.question for n in notebooks.available() if n.name == notebook), "")
-    return ""
+    gpu = bool(record["hardware"].get("gpus")) or Path("/proc/driver/nvidia/gpus").exists()
+    tags = (re.sub(r"^\d+_", "", notebook), Path(str(given.get("model", ""))).name)
+    about: Values = {"project": project, "name": f"{notebook}-{folder.name}", "job_type": notebook}
+    about["run_group"] = f"{notebook}-{condition}"  # runs that differ in nothing but seeds
+    about["tags"] = [tag[:64] for tag in (*tags, "gpu" if gpu else "cpu") if tag]
+    with suppress(OSError, ValueError):  # a run of no notebook
+        about["notes"] = next((n.question for n in notebooks.available() if n.name == notebook), "")
+    quiet: Values = dict(silent=True, console="off", init_timeout=10, finish_timeout=30, host="")
+    quiet |= dict(
+        finish_timeout_raises=True,
+        program=notebook,
+        disable_git=True,
+        x_save_requirements=False,
+        x_disable_meta=True,
+    )
+    quiet |= dict(x_disable_stats=not gpu)
+    free, settings = (
+        {name: value for name, value in values.items() if f"WANDB_{name.upper()}" not in os.environ}
+        for values in (about, quiet)
+    )
+    free |= {"group": free.pop("run_group")} if "run_group" in free else {}
+    return free | dict(dir=str(folder), config=given, settings=settings)
