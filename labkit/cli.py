@@ -117,8 +117,11 @@ def dashboard(root: Path | None, project: str, entity: str) -> None:
     """Make or update the shared workspace and the report of claims on W&B."""
     from labkit import dashboard as shared
 
-    for address in shared.update(project, entity, root):
-        click.echo(address)
+    try:
+        addresses = shared.update(project, entity, root)
+    except Exception as error:  # W&B's have no class in common
+        raise ValueError(f"the dashboard was not written: {error}") from error
+    click.echo("\n".join(addresses))
 
 
 @app.command()

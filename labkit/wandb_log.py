@@ -140,9 +140,7 @@ class Log:
 
     def _source(self, name: str, value: str) -> None:
         """Makes the model or data set that a run starts from its input: its name and checksum."""
-        about, file = {"parameter": name, "source": value}, Path(value)
-        if file.exists():
-            about["source"] = file.name  # the path may name its owner
+        about, file = {"parameter": name, "source": _place(value)}, Path(value)
         if file.is_file():
             about["sha256"] = sha256(file.read_bytes()).hexdigest()
         kind = "dataset" if name in DATA else "base-model"
@@ -193,6 +191,11 @@ def _in(section: str, name: str) -> str:
     return name if name.startswith(("train/", "eval/")) else f"{section}/{name}"
 
 
+def _place(value: Any) -> Any:
+    """A path without the folders above it, which may name their owner; else the value."""
+    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
+
+
 def _about(record: Values, folder: Path, project: str) -> Values:
     """What the run is called and belongs to. W&B's own variables, where set, come first."""
     from labkit import notebooks
@@ -221,4 +224,8 @@ def _about(record: Values, folder: Path, project: str) -> Values:
         for values in (about, quiet)
     )
     free |= {"group": free.pop("run_group")} if "run_group" in free else {}
-    return free | dict(dir=str(folder), config=given, settings=settings)
+    return free | dict(
+        dir=str(folder),
+        config={name: _place(value) for name, value in given.items()},
+        settings=settings,
+    )

@@ -1,10 +1,10 @@
 """A small server on loopback that speaks W&B's GraphQL and file stream, and keeps what it is sent."""
 
+import base64
 import gzip
 import json
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "0" * 40  # a key of the form that W&B issues
@@ -69,6 +69,9 @@ class WandbServer:
         return self
 
     def __exit__(self, *error):
+        self.close()
+
+    def close(self):
         self.closing.set()
         self.server.shutdown()
         self.server.server_close()
@@ -85,6 +88,8 @@ class WandbServer:
     def answer_Viewer(self):
         names = {"id": "1", "entity": "town", "username": "town", "email": "town@localhost"}
         return {"viewer": names | {"flags": "{}", "teams": {"edges": []}}}
+
+    answer_GetDefaultEntity = answer_Viewer
 
     def answer_UpsertBucket(self, name, project, **_):
         place = {"id": "2", "name": project or "labkit", "entity": {"id": "1", "name": "town"}}
@@ -126,6 +131,37 @@ class WandbServer:
 
     def answer_UseArtifact(self, artifactID, **_):
         return {"useArtifact": {"artifact": {"id": artifactID}}}
+
+    def answer_ProjectInternalId(self, **_):
+        number = base64.b64encode(b"ProjectInternalId:1").decode()
+        return {"project": {"id": "2", "internalId": number}}
+
+    def answer_GetProjects(self, **_):
+        node = {"id": "2", "name": "labkit", "entityName": "town", "createdAt": "2026-01-01"}
+        edges = [{"node": node | {"isBenchmark": False, "user": None}, "cursor": "0"}]
+        return {"models": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+
+    def answer_ProjectViews(self, viewType="runs", viewName=None, **_):
+        nodes = [v for v in self.views.values() if v["type"] == viewType]
+        nodes = [v for v in nodes if viewName in (None, v["name"])]
+        edges = [{"node": node, "cursor": "0"} for node in nodes]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"project": {"allViews": {"edges": edges, "pageInfo": page}}}
+
+    answer_View = answer_ProjectViews
+
+    def answer_SpecificReport(self, reportId):
+        return {"view": self.views[reportId]}
+
+    def answer_upsertView(self, id=None, **given):
+        id = id or base64.b64encode(f"View:{len(self.views) + 1}".encode()).decode()
+        view = {"description": "", "createdAt": "2026-01-01", "updatedAt": "2026-01-01"} | given
+        view["project"] = {"id": "2", "name": given["projectName"]}
+        view["project"]["entityName"] = given["entityName"]
+        inserted, self.views[id] = id not in self.views, view | {"id": id, "user": None}
+        return {"upsertView": {"view": self.views[id], "inserted": inserted}}
+
+    answer_UpsertView2 = answer_upsertView
 
     def file(self, name):
         found = {"id": name, "name": name.split("/")[-1], "displayName": name, "uploadHeaders": []}

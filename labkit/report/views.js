@@ -327,7 +327,9 @@ function newest(parts) {
   return [h("p", { class: "sum" }, sums), table([...CLAIM_HEADS, "all runs", "run"], rows, { class: "claims" })];
 }
 const CLAIM_HEADS = ["#", "verdict", "claim", "measured", "how"];
-const claimCells = (claim) => [claim.number, verdict(claim.verdict), claim.claim, claim.value, claim.how];
+function claimCells({ number, verdict: word, claim, value, how, source }) {
+  return [number, verdict(word), claim, value, source ? `${how} (decided by: ${source})` : how];
+}
 
 /** Of one notebook: a row for each claim, a column for each run. */
 function matrix([notebook, runs]) {
