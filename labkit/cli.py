@@ -1,4 +1,4 @@
-"""The command line: list, show, run, report, doctor; refresh for those who write notebooks.
+"""The command line: list, show, run, report, doctor, sync, dashboard; refresh for writers.
 
 What can be refused is refused before a kernel starts, in one line, with exit status 2; a
 notebook that fails gives its own error and status 1, one that is interrupted status 130.
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import webbrowser
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import click
 
-from labkit import notebooks, record
+from labkit import notebooks, record, wandb_log
 from labkit import report as page
 
 _STOPPING = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -126,9 +127,36 @@ def run(names, parameter, file, profile, output, all_, keep_going, force):  # ty
 @app.command()
 @click.argument("root", type=_PATH, required=False)
 @click.option("--out", type=_PATH, help="The page, by default runs/report.html.")
-def report(root: Path | None, out: Path | None) -> None:
-    """Make one HTML page of all runs below ROOT/runs: a table, the curves, the claims."""
-    click.echo(page.write(root, out))
+@click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+def report(root: Path | None, out: Path | None, show: bool) -> None:
+    """Make one HTML page of all runs below ROOT/runs, to sort and compare them."""
+    address = page.write(root, out).as_uri()
+    click.echo(address)
+    if show and not webbrowser.open(address):
+        raise ValueError("no browser was found; open the address above in one")
+
+
+@app.command()
+@click.argument("root", type=_PATH, required=False)
+def sync(root: Path | None) -> None:
+    """Send to W&B the runs below ROOT/runs that were made offline."""
+    sent = wandb_log.sync(Path(root or record.project_root()))
+    click.echo(f"{sent} sent" if sent else "W&B has all runs")
+
+
+@app.command()
+@click.argument("root", type=_PATH, required=False)
+@click.option("--project", default="labkit", help="Of W&B, as in the parameter wandb_project.")
+@click.option("--entity", default="", help="User or team, by default the one logged in.")
+def dashboard(root: Path | None, project: str, entity: str) -> None:
+    """Make or update the shared workspace and the report of claims on W&B."""
+    from labkit import dashboard as shared
+
+    try:
+        addresses = shared.update(project, entity, root)
+    except Exception as error:  # W&B's have no class in common
+        raise ValueError(f"the dashboard was not written: {error}") from error
+    click.echo("\n".join(addresses))
 
 
 @app.command()
@@ -253,6 +281,10 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     took, given = f"{time.perf_counter() - began:.0f} s", values | {"resume": folder}
     again = " ".join(f"-p {shlex.quote(f'{name}={value}')}" for name, value in given.items())
     again = f"labkit run {path.stem} {again}" if record.can_resume(folder) else f"see {folder}"
+    try:
+        address = page.write(output).as_uri()
+    except Exception as failure:  # no page is no reason to call the run failed
+        address = f"not written: {failure}"
     if status == "interrupted":
         click.echo(f"labkit: {error} after {took}; to go on: {again}", err=True)
         raise SystemExit(130)
@@ -261,6 +293,7 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     counts = Counter(claim["verdict"] for claim in found["claims"])
     verdicts = [f"{n} {verdict}" for verdict, n in counts.items()]
     click.echo(" · ".join([f"{path.stem}: {status}", took, *verdicts, str(folder)]))
+    click.echo(f"All runs: {address}")
     return status == "finished"
 
 

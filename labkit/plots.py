@@ -13,6 +13,8 @@ from itertools import cycle
 from statistics import fmean, stdev
 from typing import Any
 
+from labkit.show import keepers
+
 COLOURS = ("#2563a8", "#d1603d", "#3c8d5a", "#8a5aa8", "#b08a2e", "#5b6770")
 Series = Mapping[str, tuple[Sequence[float], Sequence[Any]]]  # {label: (x values, y values)}
 Seeds = Mapping[str, Sequence[Any]]  # {label: for each x a number, or the values of the seeds}
@@ -46,6 +48,9 @@ def _figure(**options: Any) -> Any:
         # Shades of a few hues: a palette of 96 takes a third of the bytes in a notebook.
         image = Image.open(whole).convert("RGB").quantize(96, dither=Image.Dither.NONE)
         image.save(small, format="png", optimize=True)
+        titles = (figure.get_suptitle(), *(axes.get_title() for axes in figure.axes))
+        for keep in keepers:
+            keep(next(filter(None, titles), "figure"), image)
         return small.getvalue()
 
     figure: Any = Figure(**options)

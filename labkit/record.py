@@ -12,9 +12,8 @@ import logging
 import os
 import platform
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from hashlib import blake2s
@@ -23,10 +22,10 @@ from typing import Any
 
 import psutil
 
-from labkit import notebooks, sweeps
+from labkit import notebooks, sweeps, wandb_log
 from labkit.files import plain, write_text
 from labkit.provenance import commit, hardware, peak_memory, versions
-from labkit.show import Table
+from labkit.show import Table, keepers
 from labkit.sweeps import differs, recorded  # noqa: F401
 
 Place = str | Path | None
@@ -38,16 +37,13 @@ _WRITES = ("log", "metric", "claim", "check", "table", "artifact", "timed", "pat
 _PROJECT = Path(__file__).resolve().parents[1]
 _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)
-_UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
 _WRITE_EVERY = 5.0  # seconds between records while metrics stream in
-# A container may have no home to write to; a place that the user has set stays.
-_WANDB_FOLDERS = [n for n in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if not os.environ.get(n)]
 
 
 class Run:
     """One run. Use `start` to make it and `finish` to close it."""
 
-    _wandb: Any = None
+    _wandb: wandb_log.Log | None = None
     _open: Run | None = None  # of this process; one that is left open says interrupted
 
     def __init__(self, notebook: str, folder: Path, parameters: Values) -> None:
@@ -70,12 +66,12 @@ class Run:
         A series that does not go on (the training was run again) begins anew.
         """
         history = self.record["history"]
-        entry = {"step": len(history) if step is None else int(step), **metrics}
+        entry = plain({"step": len(history) if step is None else int(step), **metrics})
         if any(e["step"] >= entry["step"] and e.keys() & metrics for e in reversed(history)):
             left = ({k: e[k] for k in e if k not in metrics} for e in history)
             history[:] = [e for e in left if len(e) > 1]
-        history.append(plain(entry))
-        self._send(lambda run: run.log(entry))
+        history.append(entry)
+        self._send("log", entry)
         if time.perf_counter() - self._written > _WRITE_EVERY:
             self._write()
 
@@ -115,11 +111,23 @@ class Run:
     def table(self, name: str, rows: list[Values]) -> Table:
         """Record a small table of results under `name`, and return it for display."""
         self.record["tables"][name] = plain(rows)
-        table = Table(rows)
-        shown = table.columns, table.cells()
-        self._send(lambda run: run.log({name: sys.modules["wandb"].Table(*shown)}))
+        self._send("table", name, self.record["tables"][name])
         self._write()
-        return table
+        return Table(rows)
+
+    def keep(self, name: str, shown: Any) -> None:
+        """Record what a notebook shows: texts side by side as a table, a figure in W&B only.
+
+        Texts under the same columns and questions replace the earlier; others get a number.
+        """
+        if not isinstance(shown, Table):
+            return self._send("figure", name, shown)
+        asked = [row[shown.columns[0]] for row in plain(shown.rows)]
+        for key in (name, *(f"{name} {number}" for number in range(2, 21))):
+            known = self.record["tables"].get(key)
+            if asked and (not known or _questions(known) == (shown.columns, asked)):
+                self.table(key, shown.rows)
+                break
 
     def artifact(self, name: str, kind: str = "model", parents: Sequence[str] = ()) -> None:
         """Record what was trained: the folder `name` of this run, and what it came from."""
@@ -130,15 +138,7 @@ class Run:
         size = sum(file.stat().st_size for file in files)
         entry = {"name": name, "kind": kind, "parents": list(parents), "bytes": size}
         self.record["artifacts"] = [*(made | {name: entry}).values()]
-
-        def send(run: Any) -> None:
-            title = f"{self.record['notebook']}-{name}"
-            artifact = sys.modules["wandb"].Artifact(title, kind, metadata=entry)
-            if size <= _UPLOAD_BYTES:  # without a copy
-                artifact.add_dir(str(self.path(name)), policy="immutable", skip_cache=True)
-            run.log_artifact(artifact)
-
-        self._send(send)
+        self._send("artifact", entry)
         self._write()
 
     def lineage(self) -> Table:
@@ -162,24 +162,28 @@ class Run:
         return Table(rows, css_class="labkit-claims")
 
     def finish(self, status: str = "finished") -> None:
-        """Close the record, then W&B; a second call changes nothing."""
+        """Close the record, then W&B; a second call changes nothing.
+
+        Models and adapters that were saved into the run's folder and not named are recorded.
+        """
         if self.record["status"] == "running":
+            keepers.clear()
+            named = {entry["name"] for entry in self.record["artifacts"]}
+            for place in sorted({file.parent for file in self.folder.glob("*/*.safetensors")}):
+                if place.name not in named:
+                    kind = "adapter" if (place / "adapter_config.json").exists() else "model"
+                    self.artifact(place.name, kind)
             self.record.update(status=status, ended=_now(), hardware=hardware())
             self._write()
             _drop_empty(self.folder)
-            self._send(lambda run: run.summary.update(self.record["metrics"]))
-            self._send(lambda run: run.finish(exit_code=int(status != "finished")))
-            self._wandb = None
             self.__dict__ |= dict.fromkeys(_WRITES, _refuse)
-
-    def _send(self, send: Callable[[Any], Any]) -> None:
-        """Calls `send(run of W&B)` unless W&B is off; its errors never end this run."""
-        try:
             if self._wandb is not None:
-                send(self._wandb)
-        except Exception as error:
-            logging.getLogger("labkit").warning("W&B, left out from here on: %s", error)
-            self._wandb = None
+                self._wandb.close(self.record)
+                self._wandb = None
+
+    def _send(self, method: str, *arguments: Any) -> None:
+        if self._wandb is not None:
+            self._wandb.send(method, *arguments)
 
     def _write(self) -> None:
         self._written = time.perf_counter()
@@ -215,7 +219,9 @@ def start(
         raise FileExistsError(f"{folder} already holds a run's record; unset LABKIT_RUN_DIR")
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(notebook, folder, parameters)
-    run._wandb = _start_wandb(run, wandb_project)
+    keepers[:] = [run.keep]
+    if os.environ.get("WANDB_MODE") != "disabled":
+        run._wandb = wandb_log.Log(run.record, folder, wandb_project)
     Run._open, sweeps.this_run = run, {"notebook": notebook} | run.record["parameters"]
     return run
 
@@ -338,37 +344,10 @@ def _drop_empty(folder: Path) -> None:
             path.rmdir()
 
 
+def _questions(rows: list[Values]) -> tuple[list[str], list[Any]]:
+    """The columns of a table, and what stands in the first."""
+    return [*rows[0]], [next(iter(row.values())) for row in rows]
+
+
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _start_wandb(run: Run, project: str) -> Any:
-    """W&B's run inside the run's folder, or None; offline where its server is not reached."""
-    for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
-        del os.environ[name]  # compose files leave them empty, which wandb refuses
-    os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
-    for name in _WANDB_FOLDERS:
-        os.environ[name] = str(run.folder / "wandb" / name.split("_")[1].lower())
-    group, given = run.record["notebook"], run.record["parameters"]
-    about: Values = dict(project=project, group=group, name=f"{group}-{run.folder.name}")
-    quiet: Values = dict(silent=True, console="off", init_timeout=10, finish_timeout=10, host="")
-    quiet |= dict(disable_git=True, x_save_requirements=False, x_disable_meta=True)
-    about |= dict(dir=str(run.folder), config=given, settings=quiet | {"x_disable_stats": True})
-    mode: Any
-    for mode in dict.fromkeys((os.environ.get("WANDB_MODE", ""), "offline")):
-        try:
-            if mode == "disabled":
-                return None
-            import wandb
-
-            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-            if mode == "online":  # wandb itself would wait for all of init_timeout
-                import requests
-
-                requests.head(wandb.Settings().base_url, timeout=3)
-            made = wandb.init(mode=mode, reinit="finish_previous", **about)
-            made.define_metric("*", step_metric="step")
-            return made
-        except Exception as error:
-            logging.getLogger("labkit").warning("W&B was not opened: %s", error)
-    return None

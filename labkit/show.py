@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from os.path import commonprefix
 from typing import Any
@@ -30,6 +30,10 @@ def _texts(values: list[Any]) -> list[str]:
         return [*map(show, values)]
     decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
     return [f"{v:,.{decimals}f}" if isinstance(v, float) else show(v) for v in values]
+
+
+# The open run's `keep`: called with a name and the figure or table of texts that a notebook shows.
+keepers: list[Callable[[str, Any], Any]] = []
 
 
 class Table:
@@ -72,12 +76,20 @@ class Table:
 
 
 class SideBySide(Table):
-    """A table of long texts: line breaks are kept; as plain text, one line per cell."""
+    """A table of long texts: line breaks are kept; as plain text, one line per cell.
+
+    The open run keeps in its record what a notebook shows of it.
+    """
 
     style = "vertical-align:top;white-space:pre-wrap"
 
     def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
         super().__init__([dict(zip(columns, row, strict=True)) for row in cells])
+
+    def _repr_html_(self) -> str:
+        for keep in keepers:
+            keep("samples", self)
+        return super()._repr_html_()
 
     def __repr__(self) -> str:
         names = [f"{name:>8} | " for name in self.columns]

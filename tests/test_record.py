@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from labkit import record, report
+from labkit import record
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,6 @@ def test_the_lineage_of_what_was_trained(tmp_path):
             run.artifact(name, parents=parents)
     made = [(a["name"], a["kind"], a["parents"], a["bytes"]) for a in read(run)["artifacts"]]
     assert made == [("sft", "model", [], 2_000_000), ("policy", "adapter", ["sft"], 2_000_000)]
-    assert "sft → policy" in report.write(tmp_path).read_text("utf-8")
     assert "2.0 MB" in repr(run.lineage())
 
 
@@ -157,49 +156,3 @@ def test_a_killed_process_leaves_a_whole_record_that_reads_as_lost(tmp_path, mon
     later = (live.folder / "record.json").stat().st_mtime + 60  # another process got the number
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: later)
     assert {run["status"] for run in record.read_runs(tmp_path)} == {"lost", "unreadable"}
-
-
-def test_the_report_shows_all_runs_and_escapes_them(tmp_path):
-    for value in (1.0, 2.0):
-        run = record.start("02_lora", {"data": "<b>mine</b>"}, root=tmp_path)
-        run.log({"loss": 3.25}, step=0)
-        run.log({"loss": value}, step=5)
-        run.claim(10, "<i>r = 8</i>", "sweep", 0.95, "holds in part")
-        run.table("samples", [{"answer": "<img src=x>"}])
-        run.finish()
-    page = report.write(tmp_path, tmp_path / "pages" / "all.html").read_text("utf-8")
-    assert "2 runs" in page and "holds in part" in page and "3.25 → 2" in page
-    assert page.count("<polyline") == 2 and page.count("finished") == 2
-    assert not [raw for raw in ("<b>mine", "<i>r = 8", "<img") if raw in page]
-    assert "http" not in page  # the page needs nothing from elsewhere
-
-
-WANDB = """import sys; from labkit import record
-for _ in range(2):
-    run = record.start('x', {'rank': 8}, root=sys.argv[1])
-    run.log({'loss': 1.0}, step=0); run.table('t', [{'a': 1}])
-    run.path('sft/w.bin').write_bytes(b'1' * 1000); run.artifact('sft'); run.finish()"""
-
-
-@pytest.mark.parametrize("home", ["/proc/home", "home"])
-@pytest.mark.parametrize("mode", [{}, {"WANDB_MODE": ""}], ids=["unset", "empty"])
-def test_wandb_stays_offline_silent_and_inside_the_run(tmp_path, mode, home):
-    # No login, no network, and a home that cannot be written, or must not be.
-    home = tmp_path / home
-    done = python(WANDB, tmp_path, HOME=str(home), HTTPS_PROXY="http://127.0.0.1:9", **mode)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    for folder in (tmp_path / "runs" / "x").iterdir():
-        assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-        weights = [f for f in folder.rglob("*") if f.is_file() and f.stat().st_size == 1000]
-        assert weights == [folder / "sft" / "w.bin"]  # not copied
-        assert list(folder.rglob("staging")) and not list(folder.rglob("wandb-metadata.json"))
-
-
-def test_an_error_of_wandb_never_ends_a_run(tmp_path):
-    broken = "import wandb\nwandb.Table = wandb.Artifact = None\n"
-    done = python(broken + WANDB, tmp_path)
-    assert done.returncode == 0 and "W&B" in done.stderr
-    broken = "import wandb\nwandb.init = None\n"
-    assert python(broken + WANDB, tmp_path).returncode == 0
-    assert {run["status"] for run in record.read_runs(tmp_path)} == {"finished"}

@@ -1,0 +1,169 @@
+"""A small server on loopback that speaks W&B's GraphQL and file stream, and keeps what it is sent."""
+
+import base64
+import gzip
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+KEY = "0" * 40  # a key of the form that W&B issues
+
+
+class WandbServer:
+    """At `url`; `seconds` is how long each answer but the first takes. A context manager.
+
+    `calls` are (operation, variables) of GraphQL, `stream` the bodies of the file stream, `files`
+    what was uploaded by name, `views` the workspaces and reports by name.
+    """
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.calls, self.stream, self.files, self.views = seconds, [], [], {}, {}
+        self.closing = threading.Event()
+
+    def __enter__(self):
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def reply(self, body=b"", status=200):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def do_HEAD(self):
+                self.reply()
+
+            do_GET = do_HEAD
+
+            def do_PUT(self):
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                server.closing.wait(server.seconds)
+                server.files[self.path.removeprefix("/upload/")] = data
+                self.reply()
+
+            def do_POST(self):
+                sent = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    sent = gzip.decompress(sent)
+                if "otel" in self.path:  # the client's telemetry
+                    return self.reply(b"{}")
+                sent = json.loads(sent)
+                server.closing.wait(server.seconds)
+                if self.path.startswith("/graphql"):
+                    self.reply(json.dumps({"data": server.answer(**sent)}).encode())
+                else:
+                    server.stream.append(sent)
+                    self.reply(b"{}")
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def environment(self):
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+
+    def answer(self, query, variables=None, **_):
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", query)[1]
+        given = (variables or {}).get("input") or variables or {}
+        self.calls.append((operation, given))
+        return getattr(self, f"answer_{operation}")(**given)
+
+    def answer_Viewer(self):
+        names = {"id": "1", "entity": "town", "username": "town", "email": "town@localhost"}
+        return {"viewer": names | {"flags": "{}", "teams": {"edges": []}}}
+
+    answer_GetDefaultEntity = answer_Viewer
+
+    def answer_UpsertBucket(self, name, project, **_):
+        place = {"id": "2", "name": project or "labkit", "entity": {"id": "1", "name": "town"}}
+        run = {"id": f"run-{name}", "name": name, "displayName": name, "project": place}
+        run |= {"config": "{}", "description": None, "sweepName": None, "historyLineCount": 0}
+        return {"upsertBucket": {"bucket": run, "inserted": True}}
+
+    def answer_CreateRunFiles(self, files, **_):
+        urls = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in files]
+        return {"createRunFiles": {"runID": "3", "uploadHeaders": [], "files": urls}}
+
+    def answer_ServerFeaturesQuery(self):
+        return {"serverInfo": {"features": []}}
+
+    def answer_CreateArtifact(self, artifactCollectionName, **_):
+        artifact = {"id": artifactCollectionName, "state": "PENDING"}
+        artifact["artifactSequence"] = {"latestArtifact": None}
+        return {"createArtifact": {"artifact": artifact}}
+
+    def answer_CreateArtifactManifest(self, name, artifactID, **_):
+        manifest = {"id": artifactID, "file": self.file(f"{artifactID}/{name}")}
+        return {"createArtifactManifest": {"artifactManifest": manifest}}
+
+    def answer_UpdateArtifactManifest(self, artifactManifestID, **_):
+        manifest = {"id": artifactManifestID}
+        manifest["file"] = self.file(f"{artifactManifestID}/wandb_manifest.json")
+        return {"updateArtifactManifest": {"artifactManifest": manifest}}
+
+    def answer_ArtifactType(self, **_):
+        return {"project": {"artifact": None}}
+
+    def answer_CreateArtifactFiles(self, artifactFiles, **_):
+        names = [f"{file['artifactID']}/{file['name']}" for file in artifactFiles]
+        nodes = [{"node": self.file(name)} for name in names]
+        return {"createArtifactFiles": {"files": {"edges": nodes}}}
+
+    def answer_CommitArtifact(self, artifactID, **_):
+        return {"commitArtifact": {"artifact": {"id": artifactID, "digest": "0"}}}
+
+    def answer_UseArtifact(self, artifactID, **_):
+        return {"useArtifact": {"artifact": {"id": artifactID}}}
+
+    def answer_ProjectInternalId(self, **_):
+        number = base64.b64encode(b"ProjectInternalId:1").decode()
+        return {"project": {"id": "2", "internalId": number}}
+
+    def answer_GetProjects(self, **_):
+        node = {"id": "2", "name": "labkit", "entityName": "town", "createdAt": "2026-01-01"}
+        edges = [{"node": node | {"isBenchmark": False, "user": None}, "cursor": "0"}]
+        return {"models": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+
+    def answer_ProjectViews(self, viewType="runs", viewName=None, **_):
+        nodes = [v for v in self.views.values() if v["type"] == viewType]
+        nodes = [v for v in nodes if viewName in (None, v["name"])]
+        edges = [{"node": node, "cursor": "0"} for node in nodes]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"project": {"allViews": {"edges": edges, "pageInfo": page}}}
+
+    answer_View = answer_ProjectViews
+
+    def answer_SpecificReport(self, reportId):
+        return {"view": self.views[reportId]}
+
+    def answer_upsertView(self, id=None, **given):
+        id = id or base64.b64encode(f"View:{len(self.views) + 1}".encode()).decode()
+        view = {"description": "", "createdAt": "2026-01-01", "updatedAt": "2026-01-01"} | given
+        view["project"] = {"id": "2", "name": given["projectName"]}
+        view["project"]["entityName"] = given["entityName"]
+        inserted, self.views[id] = id not in self.views, view | {"id": id, "user": None}
+        return {"upsertView": {"view": self.views[id], "inserted": inserted}}
+
+    answer_UpsertView2 = answer_upsertView
+
+    def file(self, name):
+        found = {"id": name, "name": name.split("/")[-1], "displayName": name, "uploadHeaders": []}
+        found |= {"uploadUrl": f"{self.url}/upload/{name}", "storagePath": name}
+        return found | {"uploadMultipartUrls": None, "artifact": {"id": name.split("/")[0]}}
