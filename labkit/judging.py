@@ -263,10 +263,12 @@ def length_controlled(
     x = np.tanh(delta / max(math.sqrt((delta**2).mean()), 1.0))
     rates = np.arange(1, 1000) / 1000
     theta, phi = np.log(rates / (1 - rates))[:, None], np.zeros((len(rates), 1))
-    for _ in range(50):  # Newton's method in phi, for every theta at once
+    step: Any = 1.0
+    while np.abs(step).max() > 1e-6:  # Newton's method in phi, for every theta at once
         p = 1 / (1 + np.exp(-(theta + phi * x)))
         slope = ((p - wins) * x).sum(1, keepdims=True) + phi / 5
-        phi = phi - np.clip(slope / ((p * (1 - p) * x**2).sum(1, keepdims=True) + 1 / 5), -1, 1)
+        curvature = (p * (1 - p) * x**2).sum(1, keepdims=True) + 1 / 5
+        phi = phi - (step := np.clip(slope / curvature, -1, 1))
     z = theta + phi * x
     loss = (np.logaddexp(0, z) - wins * z).sum(1) + phi[:, 0] ** 2 / 10
     inside = rates[loss <= loss.min() + 1.959964**2 / 2]
