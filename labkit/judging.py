@@ -146,7 +146,7 @@ def last_mark(reply: str, pattern: str) -> str | None:
     return mark if re.fullmatch(pattern, mark) else None
 
 
-def framed(template: str, criterion: str, **texts: str) -> str:
+def framed(template: str, criterion: str = "", **texts: str) -> str:
     """`template` filled, with a `{tag}` that none of the texts can contain: it depends on them."""
     key = "\0".join(texts.values())
     while (tag := f"<{blake2b(key.encode(), digest_size=6).hexdigest()}>") in key:
