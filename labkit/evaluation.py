@@ -264,7 +264,7 @@ def together(*verdicts: str) -> str:
     return max(verdicts, key=VERDICTS.index, default="not measured here")
 
 
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(k: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval of a share k/n (Wilson 1927), 95 % by default; also right near 0 and 1."""
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"k, n: expected 0 ≤ k ≤ n and n ≥ 1, got k = {k}, n = {n}")

@@ -77,6 +77,8 @@ def _convert(row: Row, columns: list[str]) -> list[Row]:
     if "instances" in columns:  # Self-Instruct: several examples of one task
         columns = ["instruction", "output"]
         parts = [{**row, **part} for part in _objects(row, "instances")]
+    if "vote" in columns and row["vote"] not in ("A", "B"):
+        return []  # a tie or a pair that was skipped
     converted = [{**rest, **convert_part(part, columns)} for part in parts]
     system = row.get("system") or row.get("system_prompt")
     for new in converted if system else ():
@@ -159,6 +161,15 @@ def _ranking(row: Row, columns: list[str]) -> Row:
     return {name: row[name] for name in columns}
 
 
+def _vote(row: Row, columns: list[str]) -> Row:
+    """A person's vote on two responses, as `labkit.rating` writes it."""
+    responses = row["responses"]
+    if not isinstance(responses, list) or [type(text) for text in responses] != [str, str]:
+        raise ValueError(f"'responses': expected two texts, got {responses!r:.60}")
+    chosen, rejected = responses if row["vote"] == "A" else responses[::-1]
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
 def _chat(row: Row, columns: list[str]) -> Row:
     """The conversation up to its last answer, the one that is learned."""
     column = columns[-1]
@@ -228,6 +239,7 @@ _QUESTIONS = ("prompt", "instruction", "question", "query", "input", "conversati
 FORMATS: dict[str, Callable[[Row, list[str]], Row]] = {
     "instruction instances": _replies,  # Self-Instruct
     "prompt responses ranks": _ranking,
+    "prompt responses vote": _vote,
     **dict.fromkeys([f"{question} chosen rejected" for question in _QUESTIONS], _replies),
     **dict.fromkeys(("instruction conversations", "conversations"), _chat),  # COIG, ShareGPT
     "chosen rejected": _transcripts,  # hh-rlhf: two whole conversations

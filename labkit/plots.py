@@ -159,6 +159,24 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
 
 
 @_style()
+def corner(
+    points: Mapping[str, Sequence[Sequence[float]]], *, best: tuple[float, float], **labels: Any
+) -> Any:
+    """Shares against shares, `{label: [(x, low, high), (y, low, high)]}`; a star is the `best`."""
+    figure, axes = figure_axes(**labels)
+    figure.set_size_inches(5.2, 4.4)
+    for label, (x, y) in points.items():
+        bounds = [[[max(v - low, 0)], [max(high - v, 0)]] for v, low, high in (x, y)]
+        axes.errorbar(x[0], y[0], xerr=bounds[0], yerr=bounds[1], marker="o", label=label)
+    axes.plot(*best, "*", color="#333333", markersize=14, clip_on=False, label="wanted")
+    axes.plot([0, 1], [0, 1], ":", color="#333333", linewidth=1, label="no difference")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return _with_legend(figure, axes, points)
+
+
+@_style()
 def matrix(
     rows: Any, *, xlabels: Sequence[str], ylabels: Sequence[str], label: str, **labels: Any
 ) -> Any:
