@@ -48,6 +48,11 @@ def seed_tasks(languages: Sequence[str] = LANGUAGES) -> list[Row]:
     return rows
 
 
+def list_heads() -> dict[str, str]:
+    """The line, by language, that heads a list of tasks in the pretraining text."""
+    return {lang: texts("genres")["forms"]["board"][lang][3] for lang in LANGUAGES}
+
+
 def mark(row: Row) -> bool | None:
     """Whether the completion of `row` solves its prompt; None where no checker can tell."""
     found = recognize(row["prompt"])
