@@ -27,7 +27,6 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,25 +123,13 @@ def told(made: Row, rows: list[Row]) -> Row:
     }
 
 
-def unasked(questions: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """`questions` without those that one of the generated `rows` asks, or may ask."""
-    keys, rest = set(), ""
-    for row in rows:
-        if found := tinytown.recognize(row["prompt"]):
-            keys.add(found["key"])
-        else:
-            rest += f"{row['prompt']}\n{row['completion']}\n"
-    names = {name.en for name in tinytown.world().residents if name.en in rest or name.zh in rest}
-    return [row for row in questions if row["key"] not in keys and row["subject"] not in names]
-
-
 def scores(model: Any, tokenizer: Any, asked: list[Row], point: Row) -> Row:
     """Accuracies on `SPLITS`; at the stage "tune" only how wrong the answers to others are."""
     tuning, found = point["stage"] == "tune", {}
     for name, split in SPLITS.items():
         families = ["fact"] if name == "facts" else None
         rows = tinytown.instruction_rows(split, 900, point["seed"], families=families)
-        rows = [row for row in unasked(rows, asked) if common.for_tuning(row) == tuning]
+        rows = [row for row in tinytown.unasked(rows, asked) if common.for_tuning(row) == tuning]
         rows = rows[: point["test_rows"]]
         found |= {f"{name}_n": len(rows)} | common.accuracy(name, model, tokenizer, rows)
         if point["arm"] == "base":

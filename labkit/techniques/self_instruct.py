@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from labkit import data
 from labkit.config import Count, Natural, Probability, settings
 from labkit.formats import Row
 from labkit.respond import Respond
@@ -252,6 +253,18 @@ class Generated:
         self.rejected[reason] += 1
         if len(examples := self.examples.setdefault(reason, [])) < SHOWN:
             examples.append(text)
+
+
+def read_seeds(file: str) -> list[Row]:
+    """Seed tasks of a file that `data.load` knows, such as the paper's; of each its first instance."""
+    seeds: dict[str, Row] = {}
+    for row in data.load(file, split="all"):
+        text = row.get("instruction") or row["prompt"]
+        kind = bool(row.get("is_classification", row.get("classification")))
+        seed = {"instruction": text, "input": row.get("input", ""), "prompt": row["prompt"]}
+        seed |= {"completion": row["completion"], "lang": language(text), "classification": kind}
+        seeds.setdefault(text, seed)
+    return list(seeds.values())
 
 
 def generate_tasks(
