@@ -1,6 +1,7 @@
 """Evaluation: scores against models and numbers whose truth is known beforehand."""
 
 import math
+import random
 import statistics
 
 import pytest
@@ -157,3 +158,20 @@ def test_tinytown_rows_are_marked_by_tinytown():
     assert got.n == 300 and got.accuracy == 1.0
     assert evaluation.score(rows, ["no such answer"] * 300).accuracy == 0.0
     assert len(got.by("task")) >= 6 and sum(n for _, n in got.by("lang").values()) == 300
+
+
+def test_a_paired_difference_by_hand_and_its_interval():
+    """Seed 0: two questions of two rows and one, 3 right against 1; seed 1: 1 against 1 of 2."""
+    mean, low, high = evaluation.paired_difference(["11 1", "10"], ["00 1", "01"])
+    assert mean == pytest.approx((2 / 3 + 0) / 2) and low <= mean <= high
+    same = ["1 0 1"] * 3
+    assert evaluation.paired_difference(same, same) == (0, 0, 0)
+    rng = random.Random(0)
+    draw = lambda share: " ".join(str(int(rng.random() < share)) for _ in range(200))  # noqa: E731
+    better, worse = [draw(0.8) for _ in range(3)], [draw(0.5) for _ in range(3)]
+    mean, low, high = evaluation.paired_difference(better, worse)
+    assert 0 < low < 0.3 < high and mean == pytest.approx(0.3, abs=0.06)
+    noise = evaluation.paired_difference([draw(0.5) for _ in range(3)], worse)
+    assert noise[1] < 0 < noise[2]
+    with pytest.raises(ValueError):
+        evaluation.paired_difference(["1 0"], ["1"])
