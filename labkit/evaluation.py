@@ -186,8 +186,7 @@ def paired_difference(
     for _ in range(draws):
         some = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
         drawn.append(mean([part[rng.integers(len(part), size=len(part))] for part in some]))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return mean(seeds), float(low), float(high)
+    return mean(seeds), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
 
 
 @dataclass(frozen=True)
