@@ -71,6 +71,7 @@ def load(
     JSON, JSON lines, CSV or Parquet in a format that `formats` knows.
     split: a file, and a hub set that lacks a split, is cut 90/5/5 into "train", "validation" and
     "test", whatever `seed` is; a file's rows that are equal, or from one record, stay together.
+    Of a file, "all" is every row, in its order.
     limit: at most so many rows, sampled by `seed` (Tinytown: generated).
     Raises FileNotFoundError, ValueError naming the file and row, or ConnectionError (the hub).
     """
@@ -174,7 +175,9 @@ def _table(file: IO[str]) -> Iterator[Row]:
 
 
 def _file_part(rows: list[Row], split: str) -> list[Row]:
-    """One part of a file; equal records, and rows that came from one, stay together."""
+    """One part of a file, or all; equal records, and rows that came from one, stay together."""
+    if split == "all":
+        return rows
     records = [list(group) for _, group in groupby(rows, key=lambda row: where(row, 0))]
     equal: dict[str, list[int]] = {}
     for position, record in enumerate(records):

@@ -269,6 +269,7 @@ def chapter_table() -> list[dict[str, Any]]:
 STAGES = {  # the techniques that a notebook trains, and the parameter that can leave one out
     "full_finetuning": {"full": ""},
     "instruction_tuning": {"full": ""},
+    "self_instruct": {"full": ""},
     "lora": {"lora": "", "full": "full_learning_rate"},
     "qlora": {"qlora": "", "lora": "compare"},
     "prefix_tuning": {"prefix": ""},

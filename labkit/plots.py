@@ -177,6 +177,21 @@ def corner(
 
 
 @_style()
+def histograms(pictures: Mapping[str, Mapping[str, Sequence[float]]], *, title: str) -> Any:
+    """Shares of values, side by side: `{x label: {label: values}}`; bins are those of all values."""
+    figure = _figure(figsize=(3.1 * max(2, len(pictures)), 2.7))
+    figure.suptitle(title, fontsize=11)
+    for place, (xlabel, values) in enumerate(pictures.items(), start=1):
+        labels = dict(xlabel=xlabel, ylabel="share (%)")
+        axes = figure.add_subplot(1, len(pictures), place, **labels)
+        named = {label: list(found) for label, found in values.items() if len(found)}
+        shares = [[100 / len(found)] * len(found) for found in named.values()]
+        axes.hist(list(named.values()), bins=15, weights=shares, label=list(named))
+        _with_legend(figure, axes, named)
+    return figure
+
+
+@_style()
 def matrix(
     rows: Any, *, xlabels: Sequence[str], ylabels: Sequence[str], label: str, **labels: Any
 ) -> Any:

@@ -580,3 +580,11 @@ def test_side_by_side_is_escaped():
     assert columns == ["prompt", "expected", "before", "before, in own form", "after"]
     with pytest.raises(ValueError):
         show.side_by_side([row], ["a", "b"], ["c"])
+
+
+def test_all_of_a_file_is_every_row_in_its_order(tmp_path):
+    rows = [{"prompt": str(i), "completion": "a"} for i in range(30)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert [row["prompt"] for row in data.load(file, split="all")] == [
+        row["prompt"] for row in rows
+    ]

@@ -76,3 +76,13 @@ def test_every_text_of_a_figure_can_be_chinese(monkeypatch):
 def test_values_that_do_not_match_their_axis_are_refused():
     with pytest.raises(ValueError):
         plots.sweep([1, 2], {"a": [[1]]}, **LABELS)
+
+
+def test_histograms_are_shares_with_common_bins():
+    figure = plots.histograms({"length": {"a": [1, 2, 2], "b": [9]}, "x": {"a": []}}, title="Two")
+    left, right = figure.axes
+    assert left.get_xlabel() == "length" and len(left.containers) == 2
+    assert [sum(bar.get_height() for bar in c) for c in left.containers] == pytest.approx(
+        [100, 100]
+    )
+    assert not right.containers and figure._repr_png_().startswith(b"\x89PNG")

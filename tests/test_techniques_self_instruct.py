@@ -1,20 +1,27 @@
 """Self-Instruct: similarity, filters in two languages, parsing, and the whole with a scripted model."""
 
+import http.server
 import importlib.util
+import json
 import os
 import random
 import subprocess
 import sys
+import threading
 from collections import Counter
 from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
-from labkit import respond, similarity, tinytown
-from labkit.techniques import self_instruct
+from labkit import cards, cli, data, evaluation, respond, similarity, tinytown
+from labkit.record import read_runs
+from labkit.techniques import instruction, self_instruct
 from labkit.techniques.self_instruct import Pool, SelfInstructConfig, Task, keep, parse_list
 
 SEEDS = tinytown.seed_tasks()
+PAPERS = Path(__file__).parents[2] / "shared/data/self_instruct_seed_tasks.jsonl"
 ENGLISH = "Name the gate of the town that opens first."
 CHINESE = "请写一块牌子，告诉大家大门几点开。"
 
@@ -321,3 +328,144 @@ def test_marks_of_generated_rows():
     for (prompt, completion), expected in questions.items():
         marked = tinytown.mark({"prompt": prompt, "completion": completion})
         assert marked is expected, (prompt, completion, marked)
+
+
+def test_the_first_line_of_a_list_is_a_setting():
+    own = SelfInstructConfig(heads={"en": "Tasks:", "zh": "题目："})
+    for lang, head in own.heads.items():
+        prompt = self_instruct.prompt_of(Pool(SEEDS), random.Random(0), own, lang)
+        assert prompt.startswith(f"{head}\n1. ")
+    assert SelfInstructConfig().heads == self_instruct.HEAD
+    heads = tinytown.list_heads()
+    read = [text for _, text in islice(tinytown.documents(0), 4000)]  # by the base
+    assert all(any(text.startswith(head) for text in read) for head in heads.values())
+
+
+def test_without_filters_everything_with_an_output_is_kept():
+    options = dict(tasks=12, requests=8, batch=4)
+    result = self_instruct.generate_tasks(
+        scripted, SEEDS, SelfInstructConfig(**options, filters=False)
+    )
+    texts = [task.instruction for task in result.tasks]
+    assert "Hi" in texts and len(set(texts)) < len(texts) == 12
+    assert set(result.rejected) <= {"no output", "no instance"}
+    assert all(row["completion"] for row in result.rows)
+    assert len({(r["prompt"], r["completion"]) for r in result.rows}) < len(result.rows)
+
+
+def seed_file(folder, count=9):
+    """Seed tasks in the paper's layout, the first with two instances."""
+    lines = []
+    for i, word in enumerate(tinytown.world().glossary[:count]):
+        both = [{"input": "", "output": f"It is {word.zh}."}, {"input": "b", "output": "No."}]
+        row = {"id": f"seed_task_{i}", "name": word.en, "instances": both[: 1 + (i == 0)]}
+        row |= {
+            "instruction": f"Tell me in Chinese what {word.en} is.",
+            "is_classification": i == 1,
+        }
+        lines.append(json.dumps(row) + "\n")
+    file = folder / "seed_tasks.jsonl"
+    file.write_text("".join(lines), "utf-8")
+    return file
+
+
+def test_seed_tasks_from_a_file(tmp_path):
+    seeds = self_instruct.read_seeds(str(seed_file(tmp_path)))
+    assert len(seeds) == 9 and [row["classification"] for row in seeds[:3]] == [False, True, False]
+    assert seeds[0]["completion"].startswith("It is ") and seeds[0]["lang"] == "en"
+    result = self_instruct.generate_tasks(scripted, seeds, SelfInstructConfig(tasks=3, requests=8))
+    assert result.rows and {task.lang for task in result.tasks} <= {"en"}
+
+
+@pytest.mark.skipif(not PAPERS.exists(), reason="the paper's seed tasks are not beside the project")
+def test_the_papers_seed_tasks():
+    seeds = self_instruct.read_seeds(str(PAPERS))
+    assert len(seeds) == 175 and sum(row["classification"] for row in seeds) == 26
+    assert all(row["completion"] and row["lang"] == "en" for row in seeds)
+
+
+def test_the_file_with_its_card_is_what_notebook_06_reads(tmp_path, tiny_tokenizer):
+    config = SelfInstructConfig(tasks=12, requests=40, batch=4)
+    rows = SEEDS + self_instruct.generate_tasks(scripted, SEEDS, config).rows
+    columns = ("instruction", "input", "prompt", "completion", "lang")
+    sections = {"Settings": {"requests": 40, "a | b": "c\nd"}, "How": "By hand and by a script."}
+    file = cards.save(rows, tmp_path / "made", "Tasks", sections, columns)
+    again = data.load(str(file), split="all")
+    assert [{k: row[k] for k in columns} for row in again] == [
+        {k: row[k] for k in columns} for row in rows
+    ]
+    parts = [data.load(str(file), split=split) for split in ("train", "validation", "test")]
+    assert sum(map(len, parts)) == len(rows)
+    encoded = instruction.encode(parts[0], tiny_tokenizer, instruction.InstructionConfig())
+    assert len(encoded) == len(parts[0])
+    assert evaluation.score(parts[2], [row["completion"] for row in parts[2]]).accuracy == 1
+    card = file.with_name("README.md").read_text("utf-8")
+    assert f"{len(rows)} rows" in card and "| requests | 40 |" in card
+    assert "- en\n- zh" in card and "`completion`" in card
+    with pytest.raises(ValueError, match="at least one row"):
+        cards.save([], tmp_path, "Nothing", {})
+
+
+class Server:
+    """Speaks OpenAI's protocol for completions, with `scripted` behind it, and counts prompts."""
+
+    def __enter__(self):
+        count = self.prompts = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                count.append(body["prompt"])
+                (text,) = scripted([body["prompt"]])
+                choice = {"index": 0, "finish_reason": "stop", "text": text}
+                reply = {"id": "1", "object": "text_completion", "created": 0, "model": "m"}
+                found = json.dumps(reply | {"choices": [choice]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(found)))
+                self.end_headers()
+                self.wfile.write(found)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_the_notebook_with_seeds_of_ones_own_and_a_server_that_is_asked_once(
+    tmp_path, tiny_folder, monkeypatch
+):
+    """By `labkit run`, twice: what the first run asked for is not asked for again."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    common = ["run", "self_instruct", "--output", str(tmp_path), "-p", "requests", "6"]
+    common += ["-p", "seeds", str(seed_file(tmp_path)), "-p", "test_data", str(seed_file(tmp_path))]
+    common += ["-p", "model", str(tiny_folder("llama")), "-p", "server_model", "m", "-p", "steps"]
+    common += ["1", "-p", "test_examples", "4", "-p", "device", "cpu", "-p", "max_length", "128"]
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["labkit", *common, *more])
+        cli.main()
+
+    with Server() as server:
+        with pytest.raises(SystemExit) as ended:
+            run("-p", "server", server.url)
+        assert not ended.value.code
+        (record,) = read_runs(tmp_path)
+        folder, asked = Path(record["folder"]), len(server.prompts)
+        assert record["status"] == "finished" and asked > 12
+        cache = str(folder / "responses.jsonl")
+        with pytest.raises(SystemExit) as ended:
+            run("-p", "server", server.url, "-p", "cache", cache)
+        assert not ended.value.code and len(server.prompts) == asked
+    again = read_runs(tmp_path)[-1]
+    made = [Path(r["folder"]) / "data/data.jsonl" for r in (record, again)]
+    assert made[0].read_text("utf-8") == made[1].read_text("utf-8")
+    assert [c["verdict"] for c in again["claims"]] != []
+    assert data.load(str(made[0]), split="all")

@@ -54,3 +54,19 @@ def test_every_row_of_a_split_is_recognized_as_what_it_is(split):
         assert tinytown.check(found, row["completion"])
         if row["task"] != "story":
             assert not tinytown.check(found, row["completion"] + " And so on.")
+
+
+def test_questions_that_a_generated_row_asks_are_left_out():
+    questions = [
+        {"key": "Bella|pet", "subject": "Bella"},
+        {"key": "Bella|home", "subject": "Bella"},
+    ]
+    questions += [{"key": "2+3", "subject": ""}]
+    asks = {"prompt": "What pet does Bella have?", "completion": "Goose."}
+    assert tinytown.unasked(questions, [asks]) == questions[1:]
+    asks["prompt"] = "贝拉养什么动物？"  # whatever the language
+    assert tinytown.unasked(questions, [asks]) == questions[1:]
+    free = {"prompt": "Sing a song about the goose of Bella, please.", "completion": "La."}
+    assert tinytown.recognize(free["prompt"]) is None
+    assert tinytown.unasked(questions, [free]) == questions[2:]
+    assert tinytown.unasked(questions, []) == questions

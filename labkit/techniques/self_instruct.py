@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from labkit import data
 from labkit.config import Count, Natural, Probability, settings
 from labkit.formats import Row
 from labkit.respond import Respond
@@ -27,15 +28,18 @@ from labkit.similarity import Nearest, language, tokens
 
 Instance = tuple[str, str]  # input (may be empty) and output
 SHOWN = 5  # examples kept of each reason to reject
+HEAD = {"en": "Come up with a series of tasks:", "zh": "请想出一系列任务："}
 
 
 @settings
 class SelfInstructConfig:
     """`tasks` are wanted, and `requests` prompts for tasks made at most, `batch` at a time.
 
-    A prompt shows `human` seed tasks and `generated` ones, of one language unless `mixed`.
+    A prompt shows `human` seed tasks and `generated` ones, of one language unless `mixed`, below
+    the line of its language in `heads` (a small model goes on best with a line that it has read).
     Lengths are of `tokens`: words, or Chinese characters. `shots`: seed tasks shown to
-    ask for kind and instances (the paper's 31 do not fit into a small context).
+    ask for kind and instances (the paper's 31 do not fit into a small context). Without `filters`
+    everything is kept that has an output.
     """
 
     tasks: Count = 1000
@@ -49,10 +53,11 @@ class SelfInstructConfig:
     longest: Count = 150
     shots: Count = 6
     instances: Count = 5
+    filters: bool = True
+    heads: dict[str, str] = field(default_factory=HEAD.copy)
     seed: int = 0
 
 
-HEAD = {"en": "Come up with a series of tasks:", "zh": "请想出一系列任务："}
 LABELS = {"en": ("Task: ", "Input: ", "Output: "), "zh": ("任务：", "输入：", "输出：")}
 _FIELD = re.compile(r"^(Task|Input|Output|任务|输入|输出) *[:：]", re.MULTILINE)
 KIND = {"en": "Is it classification? ", "zh": "这是分类吗？"}
@@ -111,7 +116,7 @@ class Pool:
 def prompt_of(pool: Pool, rng: Random, config: SelfInstructConfig, lang: str = "en") -> str:
     """The beginning of a numbered list of tasks, up to the number that comes next."""
     lines = [f"{i}. {text}" for i, text in enumerate(pool.sample(rng, config, lang), 1)]
-    return "\n".join([HEAD[lang], *lines, f"{len(lines) + 1}."])
+    return "\n".join([config.heads[lang], *lines, f"{len(lines) + 1}."])
 
 
 def parse_list(text: str, first: int = 1) -> list[str]:
@@ -250,6 +255,18 @@ class Generated:
             examples.append(text)
 
 
+def read_seeds(file: str) -> list[Row]:
+    """Seed tasks of a file that `data.load` knows, such as the paper's; of each its first instance."""
+    seeds: dict[str, Row] = {}
+    for row in data.load(file, split="all"):
+        text = row.get("instruction") or row["prompt"]
+        kind = bool(row.get("is_classification", row.get("classification")))
+        seed = {"instruction": text, "input": row.get("input", ""), "prompt": row["prompt"]}
+        seed |= {"completion": row["completion"], "lang": language(text), "classification": kind}
+        seeds.setdefault(text, seed)
+    return list(seeds.values())
+
+
 def generate_tasks(
     respond: Respond,
     seeds: Sequence[Row],
@@ -302,7 +319,7 @@ def _generate_tasks(
         for request, (prompt, reply) in enumerate(zip(prompts, replies, strict=True), start):
             first = prompt.count("\n")
             for rank, text in enumerate(parse_list(reply, first)):
-                if reason := keep(text, pool, config):
+                if reason := keep(text, pool, config) if config.filters else None:
                     result.reject(reason, text)
                 elif len(result.tasks) < config.tasks:
                     score, nearest = pool.nearest.find(text)
@@ -331,8 +348,8 @@ def _generate_instances(
         for number, instance in enumerate(found[: config.instances], 1):
             reason = "cut" if cut and number == len(found) else keep_instance(instance, found)
             reason = reason or ("repeated instance" if instance in found[: number - 1] else None)
-            if reason:
-                result.reject(reason, "\n".join([task.instruction, *instance]))
+            if reason if config.filters else not instance[1]:
+                result.reject(reason or "no output", "\n".join([task.instruction, *instance]))
                 continue
             row: Row = {
                 "prompt": f"{task.instruction}\n{instance[0]}".strip(),

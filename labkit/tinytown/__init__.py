@@ -22,7 +22,7 @@ from .preferences import (
     red_team,
     unknowable,
 )
-from .recognize import mark, recognize, seed_tasks
+from .recognize import list_heads, mark, recognize, seed_tasks, unasked
 from .tasks import (
     FAMILIES,
     HELD_OUT_FAMILIES,

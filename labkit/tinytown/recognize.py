@@ -48,10 +48,32 @@ def seed_tasks(languages: Sequence[str] = LANGUAGES) -> list[Row]:
     return rows
 
 
+def list_heads() -> dict[str, str]:
+    """The line, by language, that heads a list of tasks in the pretraining text."""
+    return {lang: texts("genres")["forms"]["board"][lang][3] for lang in LANGUAGES}
+
+
 def mark(row: Row) -> bool | None:
     """Whether the completion of `row` solves its prompt; None where no checker can tell."""
     found = recognize(row["prompt"])
     return None if found is None else check(found, row["completion"])
+
+
+def unasked(questions: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """`questions` without those that one of the generated `rows` asks, or may ask.
+
+    A row that is recognized asks the question of its key, in whatever words; one that is not may
+    ask anything about the residents and places that it names.
+    """
+    keys, rest = set(), ""
+    for row in rows:
+        if found := recognize(row["prompt"]):
+            keys.add(found["key"])
+        else:
+            rest += f"{row['prompt']}\n{row['completion']}\n"
+    subjects = (*world().residents, *world().places)
+    names = {name.en for name in subjects if name.en in rest or name.zh in rest}
+    return [row for row in questions if row["key"] not in keys and row["subject"] not in names]
 
 
 def recognize(prompt: str, *, seeds: bool = True) -> Row | None:
