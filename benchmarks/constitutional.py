@@ -156,14 +156,21 @@ def supervised(place: Path, tokenizer: Any, made: Row, point: Row) -> Path:
 
 def feedback(start: Path, tokenizer: Any, point: Row) -> tuple[list[Row], np.ndarray]:
     """Pairs of different samples (`first`, `second`), and the AI judge's probabilities (n, 2)."""
-    rows = preferences.prompts(point["pairs"], seed=7000 + point["seed"])
-    both = sampled(models.load(str(start))[0], tokenizer, rows, each=2, seed=point["seed"])
-    pairs = [r | {"first": a, "second": b} for r, (a, b) in zip(rows, both, strict=True)]
-    pairs = [
-        p for p in pairs if p["first"].strip() and p["second"].strip() and p["first"] != p["second"]
-    ]
-    sides = [[p[side] for p in pairs] for side in ("first", "second")]
-    return pairs, cai.compare(pairs, *sides, letters(), cai.load(), seed=point["seed"])
+
+    def make(folder: Path) -> None:
+        rows = preferences.prompts(point["pairs"], seed=7000 + point["seed"])
+        model = models.load(str(start))[0]
+        both = sampled(model, tokenizer, rows, each=2, seed=point["seed"])
+        pairs = [r | {"first": a, "second": b} for r, (a, b) in zip(rows, both, strict=True)]
+        pairs = [p for p in pairs if p["first"].strip() and p["second"].strip()]
+        pairs = [p for p in pairs if p["first"] != p["second"]]
+        sides = [[p[side] for p in pairs] for side in ("first", "second")]
+        found = cai.compare(pairs, *sides, letters(), cai.load(), seed=point["seed"])
+        (folder / "pairs.json").write_text(json.dumps([pairs, found.tolist()]), "utf-8")
+
+    place = rlhf.made_once(start.with_name(f"{start.name}-pairs{point['pairs']}"), make)
+    pairs, found = json.loads((place / "pairs.json").read_text("utf-8"))
+    return pairs, np.array(found)
 
 
 def labels(rows: Sequence[Row], both: np.ndarray, arm: str) -> list[float]:
