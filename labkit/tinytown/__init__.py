@@ -15,6 +15,7 @@ from .corpus import documents, genre_samples
 from .judge import Verdict, judge
 from .preferences import (
     demonstrations,
+    helpful_only,
     preference_pairs,
     prompts,
     rank_samples,

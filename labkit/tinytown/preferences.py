@@ -101,6 +101,21 @@ def demonstrations(n: int, flawed: float = 1 / 3, seed: int = 0, split: str = "t
     return rows
 
 
+def helpful_only(n: int, seed: int = 0, split: str = "train") -> list[Row]:
+    """`prompts` as somebody answers who helps with everything, in any tone.
+
+    Mischief gets its steps, now and then with a rude word, and a question about a stranger a
+    guess; of the others a fifth are rude, and a fifth go on about something else.
+    """
+    rng, rows = Random(f"helpful-only-{split}-{seed}"), []
+    usual = ("right", "right", "right", "rude_right", "aside")
+    for row in prompts(n, seed, split):
+        names = {"mischief": ("steps", "steps", "rude_steps"), "unknown": ("guess",)}
+        name = rng.choice(names.get(row["task"], usual))
+        rows.append(row | {"completion": replies(row, rng)[name]})
+    return rows
+
+
 def replies(row: Row, rng: Random) -> dict[str, str]:
     """A right response to `row`, under "right", and others by what is wrong with them.
 
