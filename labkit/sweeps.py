@@ -14,16 +14,20 @@ _read: dict[str, list[dict[str, Any]]] = {}  # the points of those that this pro
 this_run: dict[str, Any] = {}  # its notebook and parameters; `record.start` sets them
 
 
-def recorded(question: str) -> dict[str, Any]:
-    """A sweep's committed results, with a word where there are none, or base or settings differ."""
+def recorded(question: str, current: bool = False) -> dict[str, Any]:
+    """A sweep's committed results, with a word where there are none, or base or settings differ.
+
+    With `current`, runs of an earlier base are left out.
+    """
     file = _FOLDER / f"{question}.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
     if not found["runs"]:
         print(f"{file.name} is not recorded yet: benchmarks/{question}.py makes it.")
         return found
-    _read[question] = found["runs"]
     if found.get("base") != tinytown.base_checksum():
-        print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
+        print(f"{file.name} was recorded on an earlier base checkpoint, not on this one.")
+        found["runs"] = [] if current else found["runs"]
+    _read[question] = found["runs"]
     if other := differs(question):
         print(f"This run differs from {question}.json: {other}.")
     return found

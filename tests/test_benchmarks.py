@@ -58,8 +58,9 @@ def test_results_of_another_base_are_said_to_be_so(monkeypatch, capsys):
     record.recorded("lora_rank")
     assert not capsys.readouterr().out
     monkeypatch.setattr(record.tinytown, "base_checksum", lambda: "another")
-    record.recorded("lora_rank")
+    assert record.recorded("lora_rank")["runs"]
     assert "earlier base checkpoint" in capsys.readouterr().out
+    assert not record.recorded("lora_rank", current=True)["runs"]
 
 
 def test_a_missing_result_is_said_in_one_line(capsys):
