@@ -1,0 +1,89 @@
+"""Benchmarks through lm-eval (EleutherAI's harness), which is not installed with labkit.
+
+Tinytown's own tasks run offline: `tinytown_knowledge`, `tinytown_honesty` (questions that nobody
+can answer, and statements true or false) and `tinytown_harm`. Those of lm-eval, such as `mmlu`,
+`truthfulqa_mc2` and `ifeval`, are taken by name, and fetch their questions from the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from copy import deepcopy
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from labkit import tinytown
+
+TINYTOWN = ("tinytown_knowledge", "tinytown_honesty", "tinytown_harm")
+FOLDER = Path(tinytown.__file__).parent / "lm_eval"  # task files, for lm-eval's --include_path
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str] = TINYTOWN,
+    *,
+    chat: bool | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """One row per task and metric: `value`, its standard error, and `n` questions.
+
+    chat: ask in the tokenizer's chat template, by default if it has one; else Tinytown's tasks are
+    asked as "Q: … A:" and others as lm-eval has them. limit: at most so many questions per task.
+    Raises ImportError without lm-eval, ConnectionError where questions cannot be fetched, or
+    ValueError for a task that is not known or empty, or a template that is not there.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ImportError("benchmarks need the package lm-eval: pip install lm-eval") from None
+    if isinstance(tasks, str) or not tasks or (limit is not None and limit < 1):
+        raise ValueError(f"tasks, limit: expected names, and 1 or more, got {tasks!r}, {limit!r}")
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    if chat and not tokenizer.chat_template:
+        raise ValueError("chat: the tokenizer has no chat template; take chat=False")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own = all(task.startswith("tinytown") for task in tasks)  # else all of lm-eval's are indexed
+    about = {"own_form": not chat}
+    manager = TaskManager(include_path=FOLDER, include_defaults=not own, metadata=about)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}")
+    training = model.training
+    network = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+    options: dict[str, Any] = {"limit": limit, "apply_chat_template": chat, "task_manager": manager}
+    try:
+        with redirect_stderr(sys.stderr if progress else StringIO()):  # lm-eval's many bars
+            found = simple_evaluate(
+                network, tasks=list(tasks), log_samples=False, **options, **seeds
+            )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ConnectionError(
+            f"tasks: questions could not be fetched from the hub: {error}"
+        ) from error
+    finally:
+        model.train(training)
+    return _rows(found)
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    rows = []
+    for task, metrics in found["results"].items():
+        n = found["n-samples"].get(task, {}).get("effective")
+        for name, value in metrics.items():
+            metric, comma, rest = name.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = metrics.get(f"{metric}_stderr,{rest}")
+                row = {"task": task, "metric": metric, "value": float(value)}
+                rows.append(row | {"standard error": error, "n": n})
+    if not rows:
+        raise ValueError("tasks: expected at least one question, got none")
+    return rows
