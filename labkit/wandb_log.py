@@ -20,6 +20,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import psutil
+
 from labkit.show import show
 
 Values = dict[str, Any]
@@ -40,6 +42,7 @@ class Log:
 
     def __init__(self, record: Values, folder: Path, project: str) -> None:
         self._record, self._folder, self._figures = record, folder, set[str]()
+        self._late = False  # the run has ended, and nobody waits any longer
         for name in [n for n in os.environ if n.startswith("WANDB_") and not os.environ[n]]:
             del os.environ[name]  # compose files leave them empty, which wandb refuses
         os.environ.setdefault("WANDB_SILENT", "true")  # login takes no settings
@@ -61,6 +64,7 @@ class Log:
         self.send("finish", record)
         self._thread.join(WAIT)
         if self._thread.is_alive():
+            self._late = True
             self._failed("finish", "no answer")
 
     def _work(self) -> None:
@@ -73,15 +77,24 @@ class Log:
                     getattr(self, method)(*arguments)
                 return
             except Exception as error:
-                self._failed(method, error)
-                if method:
+                if not self._late:
+                    self._failed(method, error)
+                if method or self._late:
                     return
 
     def _failed(self, method: str, error: Any) -> None:
         what = "left out from here on" if method else "not opened"
         if method == "finish":  # all of it is in the run's folder
             what = "not sent whole, `labkit sync` sends it again"
+            (self._folder / "wandb").mkdir(exist_ok=True)
             (self._folder / "wandb" / UNSENT).touch()
+            for process in psutil.Process().children():  # else Python waits for it at its exit
+                if "wandb-core" in process.name():
+                    process.kill()
+            with suppress(Exception):
+                import wandb
+
+                wandb.teardown()
         logging.getLogger("labkit").warning("W&B, %s: %s", what, error)
 
     def _open(self, mode: Any) -> None:
@@ -92,6 +105,7 @@ class Log:
         if mode == "online":  # wandb itself would wait for all of init_timeout
             requests.head(wandb.setup().settings.base_url, timeout=3)
         self.run, self.wandb = wandb.init(mode=mode, reinit="finish_previous", **self._about), wandb
+        self.run._log_artifact = self._publish  # of tables too
         # Without it, the curve of a second training goes on where the first ended.
         self.run.define_metric("*", step_metric="step")
         self._configure(self._record)
@@ -150,11 +164,15 @@ class Log:
             json.dump(about, stream)
         self._publish(made, used=True)
 
-    def _publish(self, artifact: Any, used: bool = False) -> None:
-        """`log_artifact`, or `use_artifact`, which W&B itself refuses to do offline."""
+    def _publish(self, artifact: Any, *_: Any, used: bool = False, **__: Any) -> Any:
+        """What W&B does offline for `log_artifact`; online it would wait for answers.
+
+        `used`: as `use_artifact`, which W&B refuses to do offline.
+        """
         made, aliases = self.run._prepare_artifact(artifact, None, None, None)
         how = dict(finalize=True, is_user_created=True, use_after_commit=used)
         self.run._interface.publish_artifact(self.run, made, aliases, None, **how)
+        return made
 
 
 def sync(root: Path) -> int:
@@ -183,6 +201,7 @@ def login() -> None:
     """Raises ValueError unless there is a key for W&B's server."""
     import wandb
 
+    os.environ.pop("WANDB_MODE", None)  # offline is meant for runs
     if not wandb.login(prompt=False, verify=False):
         raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import webbrowser
 from pathlib import Path
 
 import nbformat
@@ -100,7 +101,7 @@ def test_bad_input_is_refused_before_a_kernel_starts(library, call, monkeypatch,
     assert not (library / "runs").exists()
 
 
-def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call):
+def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call, monkeypatch):
     Path("mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     status, out, err = call("run", "tiny", "-p", "r", 16, "-p", "data", "mine.jsonl")
     assert status == 0, err
@@ -113,9 +114,14 @@ def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call):
     assert sorted(f.name for f in folder.iterdir()) == ["notebook.ipynb", "record.json"]
     assert "finished" in out and "Work" in err
 
-    status, out, _ = call("report")
-    page = (library / "runs" / "report.html").read_text("utf-8")
-    assert status == 0 and "report.html" in out and folder.name in page
+    page = library / "runs" / "report.html"
+    assert page.as_uri() in out and folder.name in page.read_text("utf-8")
+    page.unlink()
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
+    assert call("report", "--open") == (0, f"{page.as_uri()}\n", "") and opened == [page.as_uri()]
+    status, _, err = call("report", "nowhere")
+    assert status == 2 and "nowhere" in err and not Path("nowhere").exists()
 
 
 def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from labkit import record
+from labkit import plots, record, show
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,45 @@ def test_the_lineage_of_what_was_trained(tmp_path):
     made = [(a["name"], a["kind"], a["parents"], a["bytes"]) for a in read(run)["artifacts"]]
     assert made == [("sft", "model", [], 2_000_000), ("policy", "adapter", ["sft"], 2_000_000)]
     assert "2.0 MB" in repr(run.lineage())
+
+
+def test_models_that_a_notebook_saved_and_did_not_name_are_recorded(tmp_path):
+    run = record.start("02_lora", {}, root=tmp_path)
+    for name in ("policy", "adapter", "checkpoints/checkpoint-1"):
+        run.path(f"{name}/w.safetensors").write_bytes(b"1")
+    run.path("adapter/adapter_config.json").write_text("{}")
+    run.artifact("policy", "policy model")
+    run.finish()
+    made = [(a["name"], a["kind"]) for a in read(run)["artifacts"]]
+    assert made == [("policy", "policy model"), ("adapter", "adapter")]
+
+
+def test_texts_that_are_shown_side_by_side_are_recorded_and_figures_go_to_wandb(tmp_path):
+    def shown(question, answer):
+        texts = show.SideBySide(("prompt", "after"), [(question, answer)])
+        assert answer in texts._repr_html_()
+
+    class Sent(list):
+        def send(self, *what):
+            self.append(what)
+
+        def close(self, _):
+            pass
+
+    shown("Where?", "before any run")
+    run = record.start("02_lora", {}, root=tmp_path)
+    run._wandb = sent = Sent()
+    for question, answer in (("Where?", "the inn"), ("Who?", "Mira"), ("Where?", "the mill")):
+        shown(question, answer)  # the third is the first's cell, run again
+    plots.lines({"a": ([1, 2], [3, 4])}, title="Losses", xlabel="x", ylabel="y")._repr_png_()
+    run.finish()
+    shown("When?", "after the run")
+    tables = read(run)["tables"]
+    assert tables == {
+        "samples": [{"prompt": "Where?", "after": "the mill"}],
+        "samples 2": [{"prompt": "Who?", "after": "Mira"}],
+    }
+    assert [what[:2] for what in sent][-1] == ("figure", "Losses") and len(sent) == 4
 
 
 def test_two_runs_never_share_a_folder_and_the_environment_says_where(tmp_path, monkeypatch):
