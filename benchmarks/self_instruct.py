@@ -41,7 +41,7 @@ from labkit.tinytown.splits import side
 
 Row = sweep.Row
 ARMS = ("seeds", "generated", "no filters", "correct only", "hand-written")
-RATES = {(arm,): (5e-4, 1e-3, 2e-3) for arm in ARMS}
+RATES = {(arm,): (1.25e-4, 2.5e-4, 5e-4) for arm in ARMS}
 SPLITS = {"phrasings": "heldout_phrasings", "test": "test", "facts": "heldout_people"}
 SEEDS = tinytown.seed_tasks()
 USED = ("instruction", "input", "prompt", "completion", "lang")
