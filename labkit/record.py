@@ -266,10 +266,7 @@ def _lives(number: int, file: Path) -> bool:
 
 
 def recorded(question: str, current: bool = False) -> Values:
-    """A long sweep's committed results; says so where there are none, or of an earlier base.
-
-    With `current`, runs of an earlier base are left out.
-    """
+    """A sweep's committed results. Says so if they are of an earlier base; `current`: no such runs."""
     file = _PROJECT / f"benchmarks/results/{question}.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
     if not found["runs"]:
