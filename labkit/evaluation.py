@@ -194,7 +194,8 @@ def difference(ours: Seeds, theirs: Seeds, shared: bool = False) -> Interval | N
     A bootstrap, paired: seeds are drawn anew, and under each its questions, with all rows that ask
     one, for both sides at once. `shared`: all seeds have the same questions, so one draw serves
     them all. Seeds count equally. Of marks (a word for each question, a 0 or 1 for each row) it is
-    a difference of accuracies. Raises ValueError where the two sides are not of the same questions.
+    a difference of accuracies. Drawing from three seeds understates how much seeds differ, by a
+    factor of √(2/3). Raises ValueError where the two sides are not of the same questions.
     """
     return _bootstrap(np.subtract, ours, theirs, shared)
 

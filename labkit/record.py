@@ -265,14 +265,15 @@ def _lives(number: int, file: Path) -> bool:
     return False
 
 
-def recorded(question: str) -> Values:
-    """A long sweep's committed results; says so where there are none, or of an earlier base."""
+def recorded(question: str, current: bool = False) -> Values:
+    """A sweep's committed results. Says so if they are of an earlier base; `current`: no such runs."""
     file = _PROJECT / f"benchmarks/results/{question}.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
     if not found["runs"]:
         print(f"{file.name} is not recorded yet: benchmarks/{question}.py makes it.")
     elif found.get("base") != tinytown.base_checksum():
-        print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
+        print(f"{file.name} was recorded on an earlier base checkpoint, not on this one.")
+        found["runs"] = [] if current else found["runs"]
     return found
 
 
