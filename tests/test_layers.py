@@ -32,6 +32,7 @@ LAYERS = [
         "progress",
     },
     {"training", "evaluation", "report", "spectra"},
+    {"judging", "refusals", "rating", "harness"},
     {"techniques"},
     {"simulation"},
     {"memory"},
