@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
@@ -110,7 +110,7 @@ class Asked(Generic[T]):
 def ask(
     respond: Respond, prompts: Sequence[str], read: Callable[[str], T | None], retries: int = 2
 ) -> Asked[T]:
-    """Asks all `prompts` at once, and again, with a reminder, up to `retries` times where `read` gives None.
+    """Asks all `prompts` at once; those whose reply `read` cannot read again, with a reminder.
 
     Of a `Responder`, each call gets the samples that the same call got before, so that one with a
     cache (`respond.cached`) goes on after a failure without asking or paying twice.
@@ -187,14 +187,16 @@ class Judge:
         """Verdicts on each pair of responses; those that are equal tie without being judged."""
         pairs = list(zip(prompts, a, b, strict=True))
         unequal = [pair for pair in pairs if pair[1] != pair[2]]
-        if not unequal:
-            raise ValueError("a, b: expected responses that differ, got none")
+        if not pairs:
+            raise ValueError("prompts: expected at least one, got none")
         asked = [
             framed(self.pairwise, self.criterion, prompt=p, a=first, b=second)
             for p, x, y in unequal
             for first, second in ((x, y), (y, x))
         ]
-        found = ask(self.respond, asked, lambda r: last_mark(r, "[ABC]"), self.retries)
+        found: Asked[str] = Asked([], 0)
+        if asked:
+            found = ask(self.respond, asked, lambda r: last_mark(r, "[ABC]"), self.retries)
         one, two = {"A": 1.0, "B": 0.0, "C": 0.5}, {"A": 0.0, "B": 1.0, "C": 0.5}
         both = zip(found.values[::2], found.values[1::2], strict=True)
         orders = [(one.get(x or ""), two.get(y or "")) for x, y in both]
@@ -277,26 +279,18 @@ def length_controlled(
 
 @dataclass(frozen=True)
 class Kappa:
-    """Agreement of two raters, and how much of what chance left open it is (Cohen 1960)."""
+    """Agreement of two raters, and how much of what chance left open it is (Cohen 1960).
+
+    `kappa` is (agreement - chance) / (1 - chance), NaN where both gave always the same verdict;
+    chance is the agreement of raters who draw from the same two distributions. `interval` is 95 %,
+    from the Wilson interval of the agreement, with the chance taken as known.
+    """
 
     n: int
     agreement: float
-    chance: float  # agreement of raters who draw from the same two distributions
-    low: float = field(repr=False)
-    high: float = field(repr=False)
-
-    @property
-    def kappa(self) -> float:
-        """(agreement - chance) / (1 - chance); NaN where both gave always the same verdict."""
-        return self._corrected(self.agreement)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %, from the Wilson interval of the agreement, with the chance taken as known."""
-        return self._corrected(self.low), self._corrected(self.high)
-
-    def _corrected(self, agreement: float) -> float:
-        return (agreement - self.chance) / (1 - self.chance) if self.chance < 1 else math.nan
+    chance: float
+    kappa: float
+    interval: tuple[float, float]
 
 
 def kappa(first: Sequence[Any], second: Sequence[Any]) -> Kappa:
@@ -307,4 +301,6 @@ def kappa(first: Sequence[Any], second: Sequence[Any]) -> Kappa:
     n, same = len(both), sum(x == y for x, y in both)
     counts = [Counter(side) for side in zip(*both, strict=True)]
     chance = sum(counts[0][value] * counts[1][value] for value in counts[0]) / n**2
-    return Kappa(n, same / n, chance, *wilson(same, n))
+    rest = 1 - chance or math.nan
+    value, low, high = ((x - chance) / rest for x in (same / n, *wilson(same, n)))
+    return Kappa(n, same / n, chance, value, (low, high))

@@ -55,8 +55,9 @@ def test_equal_responses_tie_without_being_judged():
     judge = Judge(lambda prompts: seen.extend(prompts) or fair(prompts))
     assert judge.compare(PROMPTS[:2], ["same", "good"], ["same", "bad"]).verdicts == [0.5, 1.0]
     assert len(seen) == 2
-    with pytest.raises(ValueError, match="differ"):
-        judge.compare(PROMPTS, GOOD, GOOD)
+    assert judge.compare(PROMPTS, GOOD, GOOD).verdicts == [0.5] * 10 and len(seen) == 2
+    with pytest.raises(ValueError, match="at least one"):
+        judge.compare([], [], [])
 
 
 def test_a_response_that_demands_a_verdict_or_closes_a_frame_does_not_win():

@@ -33,6 +33,7 @@ LAYERS = [
         "progress",
     },
     {"training", "evaluation", "report", "spectra", "doctor", "widgets"},
+    {"judging", "refusals", "rating", "harness"},
     {"techniques"},
     {"simulation"},
     {"memory"},
