@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from labkit import notebooks, tinytown
 
-_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-_read: dict[str, list[dict[str, Any]]] = {}  # the points of those that this process has read
+_FOLDER = notebooks.shipped("benchmarks/results")
+_read: dict[
+    str, list[dict[str, Any]]
+] = {}  # the points compared in those that this process has read
 this_run: dict[str, Any] = {}  # its notebook and parameters; `record.start` sets them
 
 
 def recorded(question: str) -> dict[str, Any]:
     """A sweep's committed results, with a word where base checkpoint or settings differ."""
     found = json.loads((_FOLDER / f"{question}.json").read_text("utf-8"))
-    _read[question] = found.get("runs", [])
+    _read[question] = [p for p in found.get("runs", []) if p.get("stage", "compare") == "compare"]
     if found.get("base") != tinytown.base_checksum():
         print(f"{question}.json was recorded on an earlier base checkpoint, not on this one.")
     if other := differs(question):
@@ -27,7 +28,7 @@ def recorded(question: str) -> dict[str, Any]:
 
 def differs(question: str) -> str:
     """Which parameters of this run are not those that a sweep's points share: a note for figures."""
-    points = [p for p in _read[question] if p.get("stage", "compare") == "compare"]
+    points = _read[question]
     with suppress(FileNotFoundError):
         names = notebooks.renamed(notebooks.folder() / f"{this_run.get('notebook')}.ipynb")
         points = [{names.get(name, name): p[name] for name in p} for p in points]
