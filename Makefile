@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 # The kernel of this environment is meant, whatever else is installed for the user.
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export JUPYTERLAB_WORKSPACES_DIR := $(CURDIR)/$(VENV)/lab-workspaces
 
 .PHONY: run test test-modules test-notebooks lab notebooks lint format lock setup clean
 
@@ -30,8 +31,17 @@ test-notebooks: setup
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 		--nbval-sanitize-with tests/nbval.cfg notebooks/
 
+# On copies in mine/, which git ignores; what is there is never replaced. Opens notebook 00 beside
+# the table of contents, which marks the section that runs or has failed.
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	@mkdir -p mine $(VENV)/share/jupyter/lab/settings
+	@cd notebooks && for f in *.ipynb images; do test -e ../mine/$$f || cp -R $$f ../mine/; done
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+		> $(VENV)/share/jupyter/lab/settings/overrides.json
+	@test -d $(JUPYTERLAB_WORKSPACES_DIR) || \
+		$(BIN)/jupyter lab workspaces import scripts/lab_workspace.json
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/workspaces/labkit \
+		--KernelManager.transport_encryption=auto
 
 notebooks: setup
 	HF_HUB_OFFLINE=1 LABKIT_RUNS=$(CURDIR)/build/refresh $(BIN)/labkit refresh --all

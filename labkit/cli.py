@@ -28,6 +28,7 @@ from labkit import notebooks, record, wandb_log
 from labkit import report as page
 
 _STOPPING = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+TICK = 30.0  # seconds between lines of a cell that works long, in a log file
 _PATH = click.Path(path_type=Path)
 _names = click.argument("names", nargs=-1, metavar="NAME...")
 _all = click.option("--all", "all_", is_flag=True, help="All notebooks.")
@@ -239,7 +240,7 @@ def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
             )
 
     def tick() -> None:
-        while not over.wait(1 if on_terminal else 30):
+        while not over.wait(1 if on_terminal else TICK):
             say()
 
     def on_cell(cell: Any, cell_index: int) -> None:
@@ -261,6 +262,7 @@ def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
         over.set()
         ticker.join()
         folder.cleanup()
+        del os.environ["LABKIT_PROGRESS"]
         with suppress(OSError):
             click.echo("\r\x1b[K" * on_terminal, nl=False, err=True)
 

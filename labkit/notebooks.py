@@ -24,11 +24,17 @@ ABOUT |= {"verdicts": []}  # number, claim and verdict of each claim, as last co
 
 
 def folder() -> Path:
-    """The notebooks' folder: `$LABKIT_NOTEBOOKS`, or `notebooks/` of the project."""
-    place = Path(os.environ.get("LABKIT_NOTEBOOKS") or Path(__file__).parents[1] / "notebooks")
+    """The notebooks' folder: `$LABKIT_NOTEBOOKS`, `notebooks/` of the clone, or the package's."""
+    place = Path(os.environ.get("LABKIT_NOTEBOOKS") or shipped("notebooks"))
     if not place.is_dir():
-        raise FileNotFoundError(f"no notebooks in {place}: work in a clone or set LABKIT_NOTEBOOKS")
+        raise FileNotFoundError(f"no notebooks in {place}: set LABKIT_NOTEBOOKS")
     return place
+
+
+def shipped(name: str) -> Path:
+    """A folder of the clone, or the copy of it in the installed package (see setup.py)."""
+    inside = Path(__file__).parent / "shipped" / Path(name).name
+    return inside if inside.is_dir() else Path(__file__).parents[1] / name
 
 
 def available() -> list[SimpleNamespace]:

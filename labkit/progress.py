@@ -31,7 +31,7 @@ STOPPED = "stopped at step {} of {}: the model keeps what it learned"
 
 
 def cell() -> int | None:
-    """The number of the notebook cell that runs, or None outside of a notebook."""
+    """A number of the notebook cell that runs, another at each run; None outside of a notebook."""
     if type(sys.stderr).__module__ != "ipykernel.iostream":
         return None
     from IPython import get_ipython
@@ -44,7 +44,7 @@ class Live(AbstractContextManager):
 
     In a notebook it also lets the reader stop: the interrupt button, or the view's own where
     the kernel hears it while it works, sets `stopping`, which the training obeys at the next
-    step. A second interrupt ends the cell at once, as ever.
+    step. A second interrupt is a KeyboardInterrupt, as ever.
     """
 
     _views: list[Live] = []  # of the cell that runs
@@ -53,8 +53,9 @@ class Live(AbstractContextManager):
         self.label, self._enabled, self.stopping = label, show, False
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.begun, self._start, self._shown = 0, time.perf_counter(), -math.inf
-        self._text, self._share, self._sample, self._cell = "", 0.0, "", cell()
-        self._id, self._drawn, self._button, self._handler = uuid.uuid4().hex, False, None, None
+        self._last, self._share, self._sample, self._cell = (0, 0, ""), 0.0, "", cell()
+        self._id, self._drawn, self._button = uuid.uuid4().hex, False, None
+        self._handler: Any = None
         self._terminal = sys.stderr.isatty()
         self._pause = 0.5 if self._cell is not None else 0.2 if self._terminal else 10.0
 
@@ -74,9 +75,17 @@ class Live(AbstractContextManager):
         if self._button is not None:
             self._display({"text/plain": ""}, "stop", update=True)
             self._button.close()
-        if self._text:
+        if self._last[1]:
             self._share = 0.0
             self._draw(end="\n")
+
+    @property
+    def text(self) -> str:
+        step, last, shown = self._last
+        where = (
+            STOPPED.format(step, last) if self.stopping and step < last else f"step {step}/{last}"
+        )
+        return f"{self.label}: {where}{shown}" if self.label else where + shown
 
     def _interrupted(self, *_: Any) -> None:
         if self.stopping:
@@ -117,9 +126,8 @@ class Live(AbstractContextManager):
         left = seconds / max(step - self.begun, 1) * (last - step)
         shown = [f"{name} {points[-1][1]:.3f}" for name, points in self.points.items()]
         shown += [note, duration(seconds) if over else f"{duration(left)} left"]
-        where = STOPPED.format(step, last) if self.stopping and not over else f"step {step}/{last}"
-        title = f"{self.label}: " if self.label else ""
-        self._text, self._share = title + " · ".join([where, *filter(None, shown)]), step / last
+        self._last = step, last, "".join(f" · {each}" for each in shown if each)
+        self._share = step / last
         self._sample = sample
         if time.perf_counter() - self._shown >= self._pause:
             self._draw(end="" if self._terminal else "\n")
@@ -128,13 +136,13 @@ class Live(AbstractContextManager):
         self._shown = time.perf_counter()
         if file := os.environ.get("LABKIT_PROGRESS"):
             with suppress(OSError):
-                Path(file).write_text(self._text, "utf-8")
+                Path(file).write_text(self.text, "utf-8")
         if self._cell is None:
             start = "\r\x1b[K" if self._terminal else ""
-            print(f"{start}{self._text}", end=end, file=sys.stderr, flush=True)
+            print(f"{start}{self.text}", end=end, file=sys.stderr, flush=True)
             return
-        views = [view for view in Live._views if view._text]
-        data = {"text/plain": "\n".join(view._text for view in views), "text/html": _page(views)}
+        views = [view for view in Live._views if view._last[1]]
+        data = {"text/plain": "\n".join(view.text for view in views), "text/html": _page(views)}
         self._display(data, "view", update=Live._views[0]._drawn)
         Live._views[0]._drawn = True
 
@@ -149,7 +157,7 @@ def duration(seconds: float) -> str:
 def _page(views: Sequence[Live]) -> str:
     """A line for each training of the cell, then their curves, the last one's in colour."""
     *_, view = views
-    lines = "<br>".join(escape(v._text) for v in views)
+    lines = "<br>".join(escape(v.text) for v in views)
     if view._share:
         lines += f'<br><progress value="{view._share:.3f}" style="width:30em"></progress> {_HINT}'
     curves = [[v.points[name] for v in views if name in v.points] for name in view.points]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from labkit import notebooks, tinytown
 
-_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-_read: dict[str, list[dict[str, Any]]] = {}  # the points of those that this process has read
+_FOLDER = notebooks.shipped("benchmarks/results")
+_read: dict[str, list[dict[str, Any]]] = {}  # what those that this process has read compare
 this_run: dict[str, Any] = {}  # its notebook and parameters; `record.start` sets them
 
 
@@ -27,7 +26,7 @@ def recorded(question: str, current: bool = False) -> dict[str, Any]:
     if found.get("base") != tinytown.base_checksum():
         print(f"{file.name} was recorded on an earlier base checkpoint, not on this one.")
         found["runs"] = [] if current else found["runs"]
-    _read[question] = found["runs"]
+    _read[question] = [p for p in found["runs"] if p.get("stage", "compare") == "compare"]
     if other := differs(question):
         print(f"This run differs from {question}.json: {other}.")
     return found
@@ -35,7 +34,7 @@ def recorded(question: str, current: bool = False) -> dict[str, Any]:
 
 def differs(question: str) -> str:
     """Which parameters of this run are not those that a sweep's points share: a note for figures."""
-    points = [p for p in _read[question] if p.get("stage", "compare") == "compare"]
+    points = _read[question]
     with suppress(FileNotFoundError):
         names = notebooks.renamed(notebooks.folder() / f"{this_run.get('notebook')}.ipynb")
         points = [{names.get(name, name): p[name] for name in p} for p in points]

@@ -165,7 +165,11 @@ def fit(
         if on_gpu := torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start, evaluated = time.perf_counter(), None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:  # in the middle of a step that takes long
+            if not (live.stopping and history.entries):
+                raise
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
         if eval_examples is not None:
@@ -194,8 +198,8 @@ def train_once(model: nn.Module, how: str, again: bool) -> None:
     number, trained = cell(), _trained.setdefault(model, {})
     if number is not None and trained.get(how, number) != number and not again:
         raise ValueError(
-            f"model: cell [{trained[how]}] has trained it already, and it would be trained on. "
-            "Run the cell that makes it first, or pass again=True to go on from what it learned"
+            "model: it was trained already, and would be trained on. Run the cell that makes it "
+            "first, or pass again=True to go on from what it learned"
         )
     if number is not None:
         trained[how] = number

@@ -16,7 +16,6 @@ from IPython.core.formatters import format_display_data
 from IPython.display import display
 from IPython.utils.capture import capture_output
 
-from labkit.generate import responses
 from labkit.show import SideBySide, Table
 
 TARGETS = ("q, v", "q, k, v, o", "all linear layers")
@@ -89,6 +88,7 @@ def ask(
 
     `questions` are to choose from; an empty box asks the first. At temperature 0 decoding is greedy.
     """
+    from labkit.generate import responses  # torch takes seconds
 
     def answers(question: str, temperature: float) -> Table:
         options: dict[str, Any] = dict(temperature=temperature, template=template)

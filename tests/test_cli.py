@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from labkit import cli, memory, notebooks, record
+from labkit import cli, doctor, memory, notebooks, record
 
 CODE = """import os
 from pathlib import Path
@@ -20,6 +20,10 @@ from labkit import record
 run = record.start("02_tiny", {"rank": rank, "data": data})
 run.metric(double=2 * rank, here=os.getcwd(), found=Path(data).exists())
 run.finish()"""
+TRAIN = """import os, time
+from pathlib import Path
+Path(os.environ["LABKIT_PROGRESS"]).write_text("step 3/9 · loss 1.234 · 5 s left")
+time.sleep(3)"""
 SLEEP = """import time
 from pathlib import Path
 from labkit import record
@@ -86,7 +90,8 @@ REFUSED = [
     ("gpuu", ["tiny", "--profile", "gpuu"]),
     ("list.yaml", ["tiny", "--output", "list.yaml"]),
     ("notebook", []),
-    ("03_bad", ["tiny", "bad", "-p", "r", "4"]),  # the second is bad: the first must not run
+    ("rnak", ["tiny", "-p", "rnak=4"]),
+    ("03_bad", ["tiny", "bad", "-p", "r=4"]),  # the second is bad: the first must not run
 ]
 
 
@@ -103,7 +108,7 @@ def test_bad_input_is_refused_before_a_kernel_starts(library, call, monkeypatch,
 
 def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call, monkeypatch):
     Path("mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    status, out, err = call("run", "tiny", "-p", "r", 16, "-p", "data", "mine.jsonl")
+    status, out, err = call("run", "tiny", "-p", "r=16", "-p", "data", "mine.jsonl")
     assert status == 0, err
     (folder,) = (library / "runs" / "02_tiny").iterdir()
     (found,) = record.read_runs()
@@ -122,6 +127,14 @@ def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call, m
     assert call("report", "--open") == (0, f"{page.as_uri()}\n", "") and opened == [page.as_uri()]
     status, _, err = call("report", "nowhere")
     assert status == 2 and "nowhere" in err and not Path("nowhere").exists()
+
+
+def test_the_line_of_a_training_is_passed_on_while_a_cell_works(library, call, monkeypatch):
+    save(library / "notebooks" / "05_train.ipynb", TRAIN)
+    monkeypatch.setattr(cli, "TICK", 0.2)
+    status, _, err = call("run", "train")
+    assert status == 0 and "Work · step 3/9 · loss 1.234 · 5 s left" in err
+    assert "LABKIT_PROGRESS" not in os.environ
 
 
 def test_a_failing_cell_gives_its_error_and_is_recorded(library, call):
@@ -222,6 +235,17 @@ def test_list_shows_every_notebook_fast(library, call):
     status, out, _ = call("list")
     assert status == 0 and "02_tiny" in out and "03_bad" in out
     assert time.perf_counter() - began < 0.3
+
+
+def test_show_tells_parameters_and_limits_and_doctor_a_remedy(library, call, monkeypatch):
+    status, out, _ = call("show", "2")
+    assert status == 0 and "rank: int = 8" in out and "rank from 1" in out
+    assert call("show", "tyni")[0] == 2
+    monkeypatch.setattr(doctor, "_services", lambda: iter([(doctor.NOTE, "offline", "log in")]))
+    monkeypatch.setattr(doctor, "_other", lambda pin: "torch 1.0" if "torch=" in pin else "")
+    status, out, _ = call("doctor")
+    assert "torch 1.0" in out and "requirements.lock" in out and "→ log in" in out
+    assert status == int(doctor.PROBLEM in out)
 
 
 def test_the_commands_of_the_readme_parse():

@@ -104,7 +104,9 @@ def test_clean_leaves_source_outputs_tags_and_the_metadata_of_labkit(tmp_path):
     nb.cells[1].metadata.update(papermill={"duration": 1}, execution={"iopub": ""})
     nb.cells[1].metadata.tags.append("papermill-error-cell-tag")
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "VBox()"}
-    nb.cells[1].outputs.append(new_output("display_data", view, metadata={"a": 1}))
+    copy = {"text/html": "<p>its copy</p>"}
+    for data in (view, copy):
+        nb.cells[1].outputs.append(new_output("display_data", data, metadata={"a": 1}))
     nbformat.write(nb, path)
     notebooks.clean(path)
     nb = nbformat.read(path, as_version=4)
@@ -112,4 +114,4 @@ def test_clean_leaves_source_outputs_tags_and_the_metadata_of_labkit(tmp_path):
     assert set(nb.metadata) == {"kernelspec", "language_info", "labkit"}
     assert nb.cells[1].metadata == {"tags": ["parameters"]} and nb.cells[1].source == PARAMETERS
     (output,) = nb.cells[1].outputs
-    assert output.data == {"text/plain": "VBox()"} and output.metadata == {}
+    assert output.data == copy and output.metadata == {}

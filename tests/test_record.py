@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from labkit import plots, record, show
+from labkit import notebooks, plots, record, show, sweeps
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,69 @@ def test_claims_are_ordered_replaced_and_escaped(tmp_path):
     assert [c["value"] for c in read(run)["claims"]] == [0.123456, 5, 6]
     page = run.claims_table()._repr_html_()
     assert "labkit-claims" in page and "<script>" not in page and "0.1235" in page
+
+
+def test_a_series_that_is_logged_again_begins_anew(tmp_path):
+    run = record.start("x", {}, root=tmp_path)
+    for steps in ((1, 2, 3), (1, 2)):  # the second training was stopped
+        for step in steps:
+            run.log({"loss": float(step)}, step)
+        run.log({"eval_loss": 0.5}, steps[-1])
+    run.log({"other_loss": 1.0}, 1)
+    found = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    found += [{"step": 2, "eval_loss": 0.5}, {"step": 1, "other_loss": 1.0}]
+    assert run.record["history"] == found
+
+
+def test_a_closed_run_is_never_written_to_and_an_open_one_does_not_stay(tmp_path):
+    first, second = (record.start("x", {}, root=tmp_path) for _ in range(2))
+    assert read(first)["status"] == "interrupted"  # the first cell was run again
+    second.finish()
+    before = (second.folder / "record.json").read_bytes()
+    for write in (
+        lambda: second.log({"loss": 1.0}),
+        lambda: second.metric(a=1),
+        lambda: second.claim(1, "c", "h", 1, "holds"),
+        lambda: second.path("adapter"),
+        lambda: second.timed("x"),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            write()
+    second.finish("failed")
+    assert (second.folder / "record.json").read_bytes() == before
+    code = "import sys; from labkit import record; record.start('y', {}, root=sys.argv[1])"
+    assert python(code, tmp_path, WANDB_MODE="disabled").returncode == 0
+    assert record.read_runs(tmp_path)[-1]["status"] == "interrupted"
+
+
+def test_the_first_cell_checks_and_takes_a_notebooks_parameters(tmp_path):
+    path = notebooks.find("02_lora")
+    cell = notebooks.parameters(path) | {"__name__": "__main__", "something": object()}
+    with pytest.raises(ValueError, match="train_examples"):
+        record.start("02_lora", cell | {"train_examples": -5}, root=tmp_path)
+    assert not (tmp_path / "runs").exists()
+    run = record.start("02_lora", cell | {"rank": 4}, root=tmp_path)
+    given = notebooks.parameters(path) | {"rank": 4}
+    assert run.record["parameters"] == {k: given[k] for k in given if k != "wandb_project"}
+
+
+def test_a_claim_says_what_decides_it_and_how_this_run_differs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "_FOLDER", tmp_path)
+    monkeypatch.setattr(sweeps, "_read", {})
+    point = {"rows": 2000, "epochs": 2.0, "stage": "compare"}
+    points = [point | {"seed": s, "learning_rate": lr} for s in range(3) for lr in (1e-3, 1e-2)]
+    (tmp_path / "rate.json").write_text(json.dumps({"runs": [*points, {"stage": "tune"}]}))
+    given = {"train_examples": 1200, "epochs": 2.0, "learning_rate": 0.5}
+    run = record.start("02_lora", given, root=tmp_path)
+    run.claim(1, "c", "h", 1, "holds")
+    assert record.recorded("rate")["runs"][0]["rows"] == 2000
+    said = "train_examples 1200 instead of 2000"
+    assert record.differs("rate") == said and said in capsys.readouterr().out
+    run.claim(2, "c", "h", 1, "holds", source="rate")
+    run.claim(3, "c", "h", 1, "holds")
+    run.claim(4, "c", "h", "", "not measured here")
+    found = ["this run", "recorded sweep rate, 3 seeds", "", None]
+    assert [claim.get("source") for claim in read(run)["claims"]] == found
 
 
 def test_the_lineage_of_what_was_trained(tmp_path):

@@ -1,13 +1,16 @@
 """The calculator's numbers against published ones; what a notebook shows of a function or a mask."""
 
 import ipywidgets
+import nbformat
 import pytest
 from IPython.display import Image, display
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
-from labkit import show, widgets
+from labkit import notebooks, show, widgets
+
+VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def test_llama_2_7b_of_the_chapter_and_13b():
@@ -43,6 +46,26 @@ def test_exploring_shows_what_is_printed_displayed_and_returned_and_streams_noth
     slider.value = 3
     assert "square of 3" in shown(box) and "'9'" in shown(box) and "'4'" not in shown(box)
     assert box.children[-1].msg_id == ""  # the widget never catches a cell's own messages
+
+
+def test_a_widget_leaves_a_copy_for_readers_without_a_kernel(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(widgets, "display", lambda data, raw: kept.append(data))
+    slider = ipywidgets.IntSlider(value=3, description="<n>")
+    widgets.explore(lambda n: show.Table([{"square": n * n}]), n=slider)._ipython_display_()
+    png = Image(b"\x89PNG\r\n\x1a\n" + bytes(8))
+    widgets.explore(lambda n: png, n=slider)._ipython_display_()
+    outputs = [nbformat.v4.new_output("display_data", data) for data in kept]
+    path = tmp_path / "a.ipynb"
+    cell = nbformat.v4.new_code_cell("x", outputs=outputs)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    notebooks.clean(path)
+    caption, table, again, picture = (
+        output.data for output in nbformat.read(path, as_version=4).cells[0].outputs
+    )
+    assert VIEW in kept[0] and VIEW not in {**caption, **table, **again, **picture}
+    assert "&lt;n&gt; = 3" in caption["text/html"] and ">9<" in table["text/html"]
+    assert "iVBORw0KGgo" in picture["image/png"] and "text/html" not in picture  # for GitHub
 
 
 TEXT = "What is 0  plus one? 河边é😀 It is one."
