@@ -122,7 +122,7 @@ def measure(point: Row, file: Path) -> Row:
     if point["stage"] == "tune":
         rows = preferences.prompts(point["test_prompts"], seed=6000)
         return {"tuning_loss": -statistics.fmean(scores(model, tokenizer, rows)["totals"])}
-    rows = preferences.prompts(point["test_prompts"], seed=5, split="test")
+    rows = preferences.prompts(point["test_prompts"], seed=5 + point["seed"], split="test")
     if point["arm"] == "helpful-only":
         constants = {k: {n: v[n] for n in rlhf.PARTS} for k, v in rlhf.constants(rows).items()}
         found = {"constants": constants, "revisions": revisions(made), "sft": made["sft"]}
@@ -236,7 +236,7 @@ def best(tried: dict[str, Any], measured: Any, args: Any) -> float:
 
 
 if __name__ == "__main__":
-    settings = {"batch_size": 16, "epochs": 2.0, "dpo_epochs": 1.0, "test_prompts": 240}
+    settings = {"batch_size": 16, "epochs": 2.0, "dpo_epochs": 2.0, "test_prompts": 240}
     args = sweep.arguments(__doc__, workers=1, **MADE, **settings)
     run = partial(measure, file=args.json)
     rate = best({"arm": "revised", "rounds": 1}, run, args)
