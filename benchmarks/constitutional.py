@@ -53,7 +53,7 @@ from labkit.techniques import dpo
 from labkit.tinytown import judge, preferences
 
 Row = sweep.Row
-MADE = {"sft_rows": 1200, "prompts": 240, "pairs": 240}
+MADE = {"sft_rows": 1600, "prompts": 320, "pairs": 480}
 RATES = (1e-4, 3e-4, 1e-3)
 SUPERVISED = [("self", 0), ("revised", 1), ("revised", 2), ("revised", 4)]
 SUPERVISED += [("alone", 1), ("alone", 4), ("filtered", 1)]
@@ -78,7 +78,7 @@ def make(place: Path, point: Row) -> None:
     """What all arms of a seed share; see above."""
     seed, (helpful, tokenizer) = point["seed"], models.load("tinytown")
     rows = tinytown.helpful_only(point["sft_rows"], seed=seed)
-    settings = {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 16, "seed": seed}
+    settings = {"learning_rate": 1e-3, "batch_size": 16, "seed": seed}
     found: Row = {"sft": common.train(helpful, data.encode(rows, tokenizer), settings)}
     models.save(helpful, tokenizer, place / "helpful")
     found["rows"] = rows = preferences.prompts(point["prompts"], seed=4000 + seed)
@@ -161,9 +161,9 @@ def feedback(start: Path, tokenizer: Any, point: Row) -> tuple[list[Row], np.nda
         rows = preferences.prompts(point["pairs"], seed=7000 + point["seed"])
         model = models.load(str(start))[0]
         both = sampled(model, tokenizer, rows, each=2, seed=point["seed"])
-        pairs = [r | {"first": a, "second": b} for r, (a, b) in zip(rows, both, strict=True)]
-        pairs = [p for p in pairs if p["first"].strip() and p["second"].strip()]
-        pairs = [p for p in pairs if p["first"] != p["second"]]
+        texts = [[text.strip() for text in two] for two in both]
+        pairs = [r | {"first": a, "second": b} for r, (a, b) in zip(rows, texts, strict=True)]
+        pairs = [p for p in pairs if p["first"] and p["second"] and p["first"] != p["second"]]
         sides = [[p[side] for p in pairs] for side in ("first", "second")]
         found = cai.compare(pairs, *sides, letters(), cai.load(), seed=point["seed"])
         (folder / "pairs.json").write_text(json.dumps([pairs, found.tolist()]), "utf-8")
@@ -236,7 +236,7 @@ def best(tried: dict[str, Any], measured: Any, args: Any) -> float:
 
 
 if __name__ == "__main__":
-    settings = {"batch_size": 16, "epochs": 2.0, "dpo_epochs": 2.0, "test_prompts": 240}
+    settings = {"batch_size": 16, "epochs": 2.0, "dpo_epochs": 1.0, "test_prompts": 240}
     args = sweep.arguments(__doc__, workers=1, **MADE, **settings)
     run = partial(measure, file=args.json)
     rate = best({"arm": "revised", "rounds": 1}, run, args)
