@@ -53,7 +53,7 @@ from labkit.techniques import dpo
 from labkit.tinytown import judge, preferences
 
 Row = sweep.Row
-MADE = {"sft_rows": 1200, "prompts": 240, "pairs": 240}
+MADE = {"sft_rows": 1600, "prompts": 320, "pairs": 480}
 RATES = (1e-4, 3e-4, 1e-3)
 SUPERVISED = [("self", 0), ("revised", 1), ("revised", 2), ("revised", 4)]
 SUPERVISED += [("alone", 1), ("alone", 4), ("filtered", 1)]
@@ -78,7 +78,7 @@ def make(place: Path, point: Row) -> None:
     """What all arms of a seed share; see above."""
     seed, (helpful, tokenizer) = point["seed"], models.load("tinytown")
     rows = tinytown.helpful_only(point["sft_rows"], seed=seed)
-    settings = {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 16, "seed": seed}
+    settings = {"learning_rate": 1e-3, "batch_size": 16, "seed": seed}
     found: Row = {"sft": common.train(helpful, data.encode(rows, tokenizer), settings)}
     models.save(helpful, tokenizer, place / "helpful")
     found["rows"] = rows = preferences.prompts(point["prompts"], seed=4000 + seed)
@@ -122,7 +122,7 @@ def measure(point: Row, file: Path) -> Row:
     if point["stage"] == "tune":
         rows = preferences.prompts(point["test_prompts"], seed=6000)
         return {"tuning_loss": -statistics.fmean(scores(model, tokenizer, rows)["totals"])}
-    rows = preferences.prompts(point["test_prompts"], seed=5, split="test")
+    rows = preferences.prompts(point["test_prompts"], seed=5 + point["seed"], split="test")
     if point["arm"] == "helpful-only":
         constants = {k: {n: v[n] for n in rlhf.PARTS} for k, v in rlhf.constants(rows).items()}
         found = {"constants": constants, "revisions": revisions(made), "sft": made["sft"]}
@@ -161,9 +161,9 @@ def feedback(start: Path, tokenizer: Any, point: Row) -> tuple[list[Row], np.nda
         rows = preferences.prompts(point["pairs"], seed=7000 + point["seed"])
         model = models.load(str(start))[0]
         both = sampled(model, tokenizer, rows, each=2, seed=point["seed"])
-        pairs = [r | {"first": a, "second": b} for r, (a, b) in zip(rows, both, strict=True)]
-        pairs = [p for p in pairs if p["first"].strip() and p["second"].strip()]
-        pairs = [p for p in pairs if p["first"] != p["second"]]
+        texts = [[text.strip() for text in two] for two in both]
+        pairs = [r | {"first": a, "second": b} for r, (a, b) in zip(rows, texts, strict=True)]
+        pairs = [p for p in pairs if p["first"] and p["second"] and p["first"] != p["second"]]
         sides = [[p[side] for p in pairs] for side in ("first", "second")]
         found = cai.compare(pairs, *sides, letters(), cai.load(), seed=point["seed"])
         (folder / "pairs.json").write_text(json.dumps([pairs, found.tolist()]), "utf-8")

@@ -145,8 +145,8 @@ def revise(
         written = about("critique") if critique else [""] * len(rows)
         revised = about("revision", critique=written) if critique else about("alone")
         current = [new or old for new, old in zip(revised, current, strict=True)]
-        for so_far, *one in zip(found, drawn, written, current, strict=True):
-            so_far.append(Revision(*one))
+        for so_far, rule, why, text in zip(found, drawn, written, current, strict=True):
+            so_far.append(Revision(rule, why, text))
     return found
 
 
@@ -340,5 +340,4 @@ def preference_model(
         return loss(margins, batch.labels), {"accuracy": right.detach()}
 
     training.fit(scorer, pairs, score, config, collate=pack_soft, **options)
-    kept = {"template": config.template, "max_length": limit}
-    return reward.RewardModel(scorer.network, tokenizer, **kept)
+    return reward.RewardModel(scorer.network, tokenizer, config.template, limit)
