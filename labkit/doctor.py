@@ -75,7 +75,7 @@ def _services() -> Iterator[tuple[str, str, str]]:
         yield NOTE, f"the model hub is not reached: {type(error).__name__}", remedy
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("offline", "dryrun", "disabled") or not wandb.login(prompt=False, verify=False):
-        remedy = "to share runs: wandb login; to send those that are kept: wandb sync runs/*/*/wandb/offline-run-*"
+        remedy = "to share runs: wandb login; to send those that are kept: labkit sync"
         yield NOTE, f"W&B is {mode or 'offline (no login)'}", remedy
     else:
         yield OK, "W&B has a login", ""
