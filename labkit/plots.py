@@ -186,7 +186,8 @@ def histograms(pictures: Mapping[str, Mapping[str, Sequence[float]]], *, title: 
         axes = figure.add_subplot(1, len(pictures), place, **labels)
         named = {label: list(found) for label, found in values.items() if len(found)}
         shares = [[100 / len(found)] * len(found) for found in named.values()]
-        axes.hist(list(named.values()), bins=15, weights=shares, label=list(named))
+        if named:
+            axes.hist(list(named.values()), bins=15, weights=shares, label=list(named))
         _with_legend(figure, axes, named)
     return figure
 
