@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from hashlib import blake2s, sha256
 from pathlib import Path
@@ -83,7 +84,7 @@ class Log:
                     return
 
     def _failed(self, method: str, error: Any) -> None:
-        what = "left out from here on" if method else "not opened"
+        what = "left out from here on" if method else "not reached"
         if method == "finish":  # all of it is in the run's folder
             what = "not sent whole, `labkit sync` sends it again"
             (self._folder / "wandb").mkdir(exist_ok=True)
@@ -91,7 +92,7 @@ class Log:
             for process in psutil.Process().children():  # else Python waits for it at its exit
                 if "wandb-core" in process.name():
                     process.kill()
-            with suppress(Exception):
+            with suppress(Exception, SystemExit):  # it exits with the code of the killed process
                 import wandb
 
                 wandb.teardown()
@@ -202,6 +203,7 @@ def login() -> None:
     import wandb
 
     os.environ.pop("WANDB_MODE", None)  # offline is meant for runs
+    os.environ.setdefault("WANDB_DIR", tempfile.gettempdir())  # for its logs
     if not wandb.login(prompt=False, verify=False):
         raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
 

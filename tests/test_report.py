@@ -3,6 +3,7 @@
 import json
 import shutil
 from html.parser import HTMLParser
+from itertools import count
 
 import pytest
 
@@ -15,6 +16,14 @@ EVIL = "</script><script>window.hit = 1</script><img src=x onerror='window.hit =
 def environment(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.delenv("LABKIT_RUN_DIR", raising=False)
+    numbers = count()  # two runs of one second have no order
+
+    def new_folder(notebook, root):
+        folder = root / "runs" / notebook / f"20260101-000000-{next(numbers):06x}"
+        folder.mkdir(parents=True)
+        return folder
+
+    monkeypatch.setattr(record, "new_folder", new_folder)
 
 
 def make(root, notebook="02_lora", losses=(4.0, 2.0), verdict="holds", text="the mill", **given):
@@ -202,7 +211,7 @@ def test_a_phone_scrolls_only_tables_and_the_page_is_light_or_dark(tmp_path, sho
 def test_five_hundred_runs_answer_at_once(tmp_path, show):
     template = json.loads((make(tmp_path).folder / "record.json").read_text("utf-8"))
     for number in range(500):
-        folder = tmp_path / "runs" / "02_lora" / f"20260101-000000-{number:06x}"
+        folder = tmp_path / "runs" / "02_lora" / f"20260101-000001-{number:06x}"
         folder.mkdir()
         given = {"rank": number, "seed": number % 3}
         text = json.dumps(template | {"id": folder.name, "parameters": given})
