@@ -36,6 +36,7 @@ def evaluate(
 
     chat: ask in the tokenizer's chat template, by default if it has one; else Tinytown's tasks are
     asked as "Q: … A:" and others as lm-eval has them. limit: at most so many questions per task.
+    progress: show the bars of lm-eval.
     Raises ImportError without lm-eval, ConnectionError where questions cannot be fetched, or
     ValueError for a task that is not known or empty, or a template that is not there.
     """

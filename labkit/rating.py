@@ -58,6 +58,8 @@ class Ballot:
             sides["models"] = [self.models[i] for i in order]
             self.pairs.append({"pair": names[0][:8].hex(), "prompt": prompt} | sides)
         self._votes = read(self.file) if self.file.exists() else []
+        if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
+            self._save()  # without the line that a killed process left unfinished
         self._since = time.monotonic()
 
     def _mine(self) -> dict[str, Vote]:
@@ -95,11 +97,13 @@ class Ballot:
         """Takes this rater's last vote out of the file, so that its pair is the current one."""
         if mine := list(self._mine().values()):
             self._votes = [vote for vote in read(self.file) if vote != mine[-1]]
-            lines = [json.dumps(vote) + "\n" for vote in self._votes]
-            new = self.file.with_name(self.file.name + ".new")
-            new.write_text("".join(lines), encoding="utf-8")
-            os.replace(new, self.file)
+            self._save()
             self._since = time.monotonic()
+
+    def _save(self) -> None:
+        new = self.file.with_name(self.file.name + ".new")
+        new.write_text("".join(json.dumps(vote) + "\n" for vote in self._votes), encoding="utf-8")
+        os.replace(new, self.file)
 
     def verdicts(self) -> list[Verdict]:
         """For each pair, as in `labkit.judging`: 1 where the first model won, None if skipped."""

@@ -79,6 +79,15 @@ def test_ties_skips_undo_and_a_second_session(tmp_path):
             again.vote(choice)
 
 
+def test_a_line_that_was_left_unfinished_is_voted_on_again(tmp_path):
+    votes = ballot(tmp_path / "votes.jsonl")
+    favour(votes, "dpo", 3)
+    votes.file.write_bytes(votes.file.read_bytes()[:-9])
+    again = ballot(votes.file)
+    favour(again, "sft", 8)
+    assert ballot(votes.file).verdicts() == [1.0] * 2 + [0.0] * 8 and len(lines(votes.file)) == 10
+
+
 def test_two_raters_of_one_file_agree_or_not_and_one_alone_does_not(tmp_path):
     file = tmp_path / "votes.jsonl"
     ada, bob = ballot(file, "Ada"), ballot(file, "Bob")
