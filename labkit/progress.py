@@ -53,7 +53,7 @@ class Live(AbstractContextManager):
         self.label, self._enabled, self.stopping = label, show, False
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.begun, self._start, self._shown = 0, time.perf_counter(), -math.inf
-        self._last, self._share, self._sample, self._cell = (0, 0, ""), 0.0, "", cell()
+        self._last, self._share, self._sample, self._cell = (0, 0, "", 0.0), 0.0, "", cell()
         self._id, self._drawn, self._button = uuid.uuid4().hex, False, None
         self._handler: Any = None
         self._terminal = sys.stderr.isatty()
@@ -81,11 +81,14 @@ class Live(AbstractContextManager):
 
     @property
     def text(self) -> str:
-        step, last, shown = self._last
-        where = (
-            STOPPED.format(step, last) if self.stopping and step < last else f"step {step}/{last}"
-        )
-        return f"{self.label}: {where}{shown}" if self.label else where + shown
+        step, last, shown, seconds = self._last
+        where, when = f"step {step}/{last}", duration(seconds)
+        if self.stopping and step < last:
+            where = STOPPED.format(step, last)
+        elif step < last:
+            when = f"{duration(seconds / max(step - self.begun, 1) * (last - step))} left"
+        text = f"{where} · {shown} · {when}"
+        return f"{self.label}: {text}" if self.label else text
 
     def _interrupted(self, *_: Any) -> None:
         if self.stopping:
@@ -122,11 +125,9 @@ class Live(AbstractContextManager):
             self.points.setdefault(name, []).append((step, value))
         if not self._enabled:
             return
-        seconds, over = time.perf_counter() - self._start, step == last
-        left = seconds / max(step - self.begun, 1) * (last - step)
         shown = [f"{name} {points[-1][1]:.3f}" for name, points in self.points.items()]
-        shown += [note, duration(seconds) if over else f"{duration(left)} left"]
-        self._last = step, last, "".join(f" · {each}" for each in shown if each)
+        shown += [note] if note else []
+        self._last = step, last, " · ".join(shown), time.perf_counter() - self._start
         self._share = step / last
         self._sample = sample
         if time.perf_counter() - self._shown >= self._pause:
@@ -162,7 +163,7 @@ def _page(views: Sequence[Live]) -> str:
         lines += f'<br><progress value="{view._share:.3f}" style="width:30em"></progress> {_HINT}'
     curves = [[v.points[name] for v in views if name in v.points] for name in view.points]
     svgs = "".join(map(_curve, view.points, curves))
-    sample = f"<br>newest sample: {escape(view._sample)}" if view._sample else ""
+    sample = f"<br>newest sample: {escape(view._sample[:400])}" if view._sample else ""
     return f'<div aria-live="polite" style="text-align:left">{lines}<br>{svgs}{sample}</div>'
 
 

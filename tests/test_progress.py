@@ -8,6 +8,7 @@ import pytest
 
 from labkit import progress, training
 from labkit.batching import Example
+from labkit.techniques import ppo
 
 
 def copies(count):
@@ -93,3 +94,26 @@ def test_the_trainings_of_a_cell_share_one_display(cells, tiny_model):
     cells(2)
     sft(tiny_model(), copies(8), max_steps=1, progress=True)
     assert "r = 2" not in cells.shown[-1][0]["text/plain"]
+
+
+def test_ppo_shows_what_it_raises_and_its_newest_sample_and_stops(
+    cells, tiny_model, tiny_tokenizer
+):
+    cells(1)
+
+    def note(rollout, metrics):
+        metrics["gold"] = 0.25
+        if len(cells.shown) > 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = ppo.PPOConfig(steps=9, batch_size=4, minibatch_size=4, epochs=1, max_new_tokens=4)
+    prompts = ["Where is Mila?", "<i>Who</i> is Otto?"] * 2
+    model, options = tiny_model(), dict(on_rollout=note, label="PPO")
+    result = ppo.train(model, tiny_tokenizer, prompts, lambda p, r: [0.5] * 4, config, **options)
+    assert result.steps == 2 and "step 2 of 9" in result.stopped
+    page = cells.shown[-1][0]["text/html"]
+    assert all(f'aria-label="{name}, from' in page for name in ("reward", "kl", "gold"))
+    assert "newest sample" in page and "<i>" not in page
+    cells(2)
+    with pytest.raises(ValueError, match="trained already"):
+        ppo.train(model, tiny_tokenizer, prompts, lambda p, r: [0.5] * 4, config)
