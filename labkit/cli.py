@@ -28,7 +28,7 @@ from labkit import notebooks, record, wandb_log
 from labkit import report as page
 
 _STOPPING = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-TICK = 30.0  # seconds between lines of a cell that works long, in a log file
+TICK = 60.0  # seconds between lines of a cell that works long, in a log file
 _PATH = click.Path(path_type=Path)
 _names = click.argument("names", nargs=-1, metavar="NAME...")
 _all = click.option("--all", "all_", is_flag=True, help="All notebooks.")
@@ -221,7 +221,7 @@ def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
 
 def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
     """Runs a notebook, with a line that ticks on a terminal; elsewhere, one for each section and,
-    while a cell works long, each half minute. It has the line of the training that runs.
+    while a cell works long, each minute. It has the line of the training that runs.
     """
     began, on_terminal, over = time.perf_counter(), sys.stderr.isatty(), threading.Event()
     section, shown, number, folder = "", "", 0, tempfile.TemporaryDirectory()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from labkit.files import write_text
 
+_COPY = re.compile(r'<div class="labkit-\w+-copy"><style>.*?</style>(.*)</div>', re.DOTALL)
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
 ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold
 ABOUT |= {"verdicts": []}  # number, claim and verdict of each claim, as last committed
@@ -185,8 +186,10 @@ def clean(path: Path) -> None:
             cell.outputs = [output for output in cell.outputs if not _dead(output)]
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/png" in data and "text/html" in data:  # GitHub shows no pictures in HTML
-                del data["text/html"]
+            if "image/png" in data:  # GitHub shows no pictures in HTML
+                data.pop("text/html", "")
+            if "text/html" in data:  # without what hides a copy beside its live widget
+                data["text/html"] = _COPY.sub(r"\1", data["text/html"])
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
     write_text(path, nbformat.writes(nb).rstrip("\n") + "\n")

@@ -64,7 +64,8 @@ def test_a_widget_leaves_a_copy_for_readers_without_a_kernel(tmp_path, monkeypat
         output.data for output in nbformat.read(path, as_version=4).cells[0].outputs
     )
     assert VIEW in kept[0] and VIEW not in {**caption, **table, **again, **picture}
-    assert "&lt;n&gt; = 3" in caption["text/html"] and ">9<" in table["text/html"]
+    assert "<p>&lt;n&gt; = 3" in caption["text/html"] and "<style" not in caption["text/html"]
+    assert table["text/html"].startswith("<table") and ">9<" in table["text/html"]
     assert "iVBORw0KGgo" in picture["image/png"] and "text/html" not in picture  # for GitHub
 
 
