@@ -227,7 +227,7 @@ def test_a_stopped_refresh_leaves_the_notebook_alone(library):
     process, _, err = stopped("refresh", os.killpg, "SIGINT")
     assert process.returncode == 1 and "interrupted" in err and path.read_bytes() == before
     assert not list(path.parent.glob(".*"))
-    assert [run["status"] for run in record.read_runs()] == ["lost"]
+    assert [run["status"] for run in record.read_runs()] == ["interrupted"]
 
 
 def test_list_shows_every_notebook_fast(library, call):
