@@ -21,6 +21,8 @@ LAYERS = [
         "respond",
     },
     {
+        "cards",
+        "wandb_log",
         "data",
         "pairs",
         "logprobs",
@@ -32,7 +34,7 @@ LAYERS = [
         "checkpoints",
         "progress",
     },
-    {"training", "evaluation", "report", "spectra", "doctor", "widgets"},
+    {"training", "evaluation", "report", "dashboard", "spectra", "doctor", "widgets"},
     {"judging", "refusals", "rating", "harness"},
     {"techniques"},
     {"simulation"},
