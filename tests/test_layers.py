@@ -42,7 +42,9 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SHARED = {"lora", "quantization", "rollout"}  # techniques that another technique may use
+SHARED = {"lora", "quantization", "rollout"}
+BUILT_ON = dict.fromkeys(("qlora", "ppo", "critic_free"), SHARED)  # techniques that use another
+BUILT_ON |= {"constitutional": {"dpo", "reward"}}
 
 
 def imports(file):
@@ -69,10 +71,7 @@ def test_imports_point_down():
                 continue
             assert LEVEL[other[0]] <= LEVEL[own[0]], f"{'/'.join(own)} imports {'.'.join(other)}"
             if own[0] == other[0] == "techniques":
-                assert own[1] in {"qlora", "ppo", "critic_free"} and other[1] in SHARED, (
-                    own,
-                    other,
-                )
+                assert own[1] in BUILT_ON and other[1] in BUILT_ON[own[1]], (own, other)
             if own[0] != other[0]:
                 edges.setdefault(own[0], set()).add(other[0])
     left = set(edges)
