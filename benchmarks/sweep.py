@@ -33,7 +33,7 @@ Conditions = Mapping[Key, Key | float]
 TUNING_SEED = 100  # no comparison uses it
 SWEEPS = ["full_finetuning", "lora_rank", "qlora_types", "prefix_length", "adapter_bottleneck"]
 SWEEPS += ["instruction_tuning", "rlhf", "reward_noise", "dpo", "orpo", "peft_comparison"]
-SWEEPS += ["self_instruct"]
+SWEEPS += ["self_instruct", "constitutional"]
 
 
 def arguments(doc: str | None, seeds: int = 3, workers: int = 2, **settings: Any) -> Any:

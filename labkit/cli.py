@@ -212,7 +212,8 @@ def _check(notebook: str, given: dict[str, Any], force: bool) -> None:
             row = data.load(given[name], limit=1)[0]  # all are read
             if name == "data":
                 (learns,) = (n.learns for n in notebooks.available() if n.name == notebook)
-                (pairs.best_first if learns == "preferences" else templates.response)(row)
+                needs = {"preferences": pairs.best_first, "prompts": templates.prompt_text}
+                needs.get(learns, templates.response)(row)
     if not force and given.get("model", "tinytown") != "tinytown":
         from labkit import memory
 

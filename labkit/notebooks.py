@@ -20,7 +20,7 @@ from labkit.files import write_text
 
 _COPY = re.compile(r'<div class="labkit-\w+-copy"><style>.*?</style>(.*)</div>', re.DOTALL)
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
-ABOUT |= {"learns": "answers"}  # or "preferences": what its `data` must hold
+ABOUT |= {"learns": "answers"}  # or "preferences", "prompts": what its `data` must hold
 ABOUT |= {"verdicts": []}  # number, claim and verdict of each claim, as last committed
 
 
