@@ -33,7 +33,7 @@ Values = dict[str, Any]
 VERDICTS = ("holds", "holds in part", "not measured here", "undecided", "does not hold here")
 # What may change when a run is resumed: no training that goes on depends on it.
 FREE = {"resume", "save_steps", "recorded", "test_examples", "kl_limit", "device"}
-_WRITES = ("log", "metric", "claim", "check", "table", "artifact", "timed", "path")
+_WRITES = ("log", "metric", "claim", "check", "table", "artifact", "timed")
 _PROJECT = Path(__file__).resolve().parents[1]
 _MACHINE = blake2s(platform.node().encode(), digest_size=4).hexdigest()
 _SECRET = re.compile(r"(^|_)(api_key|secret|password|(hf|auth|access)_token)$", re.IGNORECASE)

@@ -97,7 +97,6 @@ def test_a_closed_run_is_never_written_to_and_an_open_one_does_not_stay(tmp_path
         lambda: second.log({"loss": 1.0}),
         lambda: second.metric(a=1),
         lambda: second.claim(1, "c", "h", 1, "holds"),
-        lambda: second.path("adapter"),
         lambda: second.timed("x"),
     ):
         with pytest.raises(RuntimeError, match="closed"):
