@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import record
+from labkit import record, sweeps
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -53,11 +53,11 @@ def test_a_file_of_another_base_is_refused(sweep, tmp_path, monkeypatch):
 
 def test_results_of_another_base_are_said_to_be_so(monkeypatch, capsys):
     head = record.recorded("lora_rank")
-    monkeypatch.setattr(record.tinytown, "base_checksum", lambda: head.get("base"))
+    monkeypatch.setattr(sweeps.tinytown, "base_checksum", lambda: head.get("base"))
     capsys.readouterr()
     record.recorded("lora_rank")
     assert not capsys.readouterr().out
-    monkeypatch.setattr(record.tinytown, "base_checksum", lambda: "another")
+    monkeypatch.setattr(sweeps.tinytown, "base_checksum", lambda: "another")
     assert record.recorded("lora_rank")["runs"]
     assert "earlier base checkpoint" in capsys.readouterr().out
     assert not record.recorded("lora_rank", current=True)["runs"]
