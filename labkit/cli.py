@@ -193,6 +193,9 @@ def refresh(names: tuple[str, ...], all_: bool) -> None:
                 notebooks.keep_verdicts(new, json.loads(file.read_text("utf-8"))["claims"])
             os.replace(new, path)
         except (Exception, KeyboardInterrupt) as error:
+            if (folder / "record.json").is_file():
+                stopped = isinstance(error, KeyboardInterrupt)
+                record.close(folder, path.stem, {}, "interrupted" if stopped else "failed")
             click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
             raise SystemExit(1) from None
         finally:
