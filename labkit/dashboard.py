@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit import record
+from labkit.show import SIGNS
 from labkit.wandb_log import login
 
 TITLE = "labkit: claims"
@@ -69,11 +70,10 @@ def _report(reports: Any, api: Any, project: str, entity: str, claims: str) -> s
 def claims_table(runs: list[dict[str, Any]]) -> str:
     """The claims of the newest finished run of each notebook, as a table in Markdown."""
     newest = {run["notebook"]: run for run in runs if run["status"] == "finished" and run["claims"]}
-    signs = dict(zip(record.VERDICTS, "✔◐✘?–", strict=True))
     lines = [HEAD, "", "| # | verdict | claim | measured | run |", "|---|---|---|---|---|"]
     claims = [(claim, run) for run in newest.values() for claim in run["claims"]]
     for claim, run in sorted(claims, key=lambda pair: pair[0]["number"]):
-        verdict = f"{signs[claim['verdict']]} {claim['verdict']}"
+        verdict = f"{SIGNS.get(claim['verdict'], '?')} {claim['verdict']}"
         cells = (claim["number"], verdict, claim["claim"], claim["value"], run["id"])
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines)

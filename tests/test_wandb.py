@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import dashboard, record, wandb_log
+from labkit import dashboard, record, show, wandb_log
 
 sys.path.insert(0, str(Path(__file__).parent))
 from wandb_server import WandbServer  # noqa: E402
@@ -183,6 +183,17 @@ def test_claims_become_a_table_in_which_nothing_is_markup(tmp_path, monkeypatch)
     finished(tmp_path)
     *_, row = dashboard.claims_table(record.read_runs(tmp_path)).splitlines()
     assert row.startswith(r"| 10 | ◐ holds in part | a \| b &lt;i> | 91 % \* |")
+
+
+def test_the_table_of_claims_has_the_signs_that_notebooks_show(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = record.start("02_lora", {}, root=tmp_path)
+    for number, verdict in enumerate(record.VERDICTS, 1):
+        run.claim(number, "c", "h", 1, verdict)
+    run.finish()
+    rows = dashboard.claims_table(record.read_runs(tmp_path)).splitlines()[-5:]
+    signs = {row.split(" | ")[1][2:]: row.split(" | ")[1][0] for row in rows}
+    assert signs == dict.fromkeys(record.VERDICTS, "?") | show.SIGNS
 
 
 def test_the_dashboard_is_made_once_and_keeps_what_people_change(tmp_path, monkeypatch):
