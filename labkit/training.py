@@ -126,6 +126,7 @@ def fit(
     progress: bool = True,
     label: str = "",
     again: bool = False,
+    dropout: bool = True,
 ) -> TrainResult:
     """Trains `model` in place: minimizes the mean of `loss` over `examples`.
 
@@ -133,7 +134,7 @@ def fit(
     a mean over. `log(metrics, step)` is called for each entry of the history; `extra_loss(model)`
     is added to the loss of each step, and not reported in it. Afterwards everything but the
     weights is as before (`models.unchanged`). `label` names the training where it is shown; an
-    interrupt ends it after the step (`progress.Live`).
+    interrupt ends it after the step (`progress.Live`). `dropout`: whether the model's is on.
 
     Raises ValueError for settings or examples that cannot work, before training, and
     FloatingPointError as soon as the loss is not finite; checkpoints in `output_dir` stay. So
@@ -147,6 +148,10 @@ def fit(
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
+        if not dropout:
+            from trl.trainer.utils import disable_dropout_in_model
+
+            disable_dropout_in_model(model)
         stack.enter_context(models.no_progress_bar())  # of checkpoints
         collate = partial(collate, packing=packing)
         live, held_out = stack.enter_context(Live(label, progress)), None

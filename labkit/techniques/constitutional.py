@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import yaml
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from trl.trainer.utils import disable_dropout_in_model
 
 from labkit import generate, logprobs, models, training
 from labkit.batching import Example, pack
@@ -320,10 +319,8 @@ def train(
     limit = models.fitting(model, config.max_length)
     pairs = encode(rows, tokenizer, max_length=limit, template=config.template)
     pairs = dpo.with_reference(pairs, model)  # type: ignore[arg-type, assignment]
-    with models.unchanged(model):
-        disable_dropout_in_model(model)
-        objective = partial(pair_loss, config=config)
-        return training.fit(model, pairs, objective, config, collate=pack_soft, **options)
+    options |= dict(collate=pack_soft, dropout=False)
+    return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)
 
 
 def preference_model(

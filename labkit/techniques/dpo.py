@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
-from trl.trainer.utils import disable_dropout_in_model
 
 from labkit import checkpoints, logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
@@ -168,7 +167,5 @@ def train(
 
     pairs, held = encoded(rows), None if eval_rows is None else encoded(eval_rows)
     options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
-    options |= dict(collate=pack_pairs) | shown
-    with models.unchanged(model):
-        disable_dropout_in_model(model)
-        return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)
+    options |= dict(collate=pack_pairs, dropout=False) | shown
+    return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from trl.trainer.utils import disable_dropout_in_model
 
 from labkit import logprobs, models, training
 from labkit.config import Count, NonNegative, Positive, settings
@@ -107,8 +106,6 @@ def train(
     held = None if eval_rows is None else encode(eval_rows, tokenizer)
     collate = partial(pack_pairs, learn_prompts=config.nll == "all")
     options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
-    options |= dict(collate=collate) | shown
+    options |= dict(collate=collate, dropout=False) | shown
     loss = partial(pair_loss, config=config)
-    with models.unchanged(model):
-        disable_dropout_in_model(model)
-        return training.fit(model, encode(rows, tokenizer), loss, config, **options)
+    return training.fit(model, encode(rows, tokenizer), loss, config, **options)
