@@ -9,7 +9,6 @@ out. The widget needs the package anywidget, all else here does without.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labkit.files import write_text
 from labkit.templates import prompt_text
 
 if TYPE_CHECKING:  # judging brings PyTorch, and who votes should not wait for it
@@ -101,9 +101,7 @@ class Ballot:
             self._since = time.monotonic()
 
     def _save(self) -> None:
-        new = self.file.with_name(self.file.name + ".new")
-        new.write_text("".join(json.dumps(vote) + "\n" for vote in self._votes), encoding="utf-8")
-        os.replace(new, self.file)
+        write_text(self.file, "".join(json.dumps(vote) + "\n" for vote in self._votes))
 
     def verdicts(self) -> list[Verdict]:
         """For each pair, as in `labkit.judging`: 1 where the first model won, None if skipped."""
