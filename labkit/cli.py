@@ -6,7 +6,7 @@ notebook that fails gives its own error and status 1, one that is interrupted st
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shlex
@@ -26,6 +26,7 @@ import click
 
 from labkit import notebooks, record, wandb_log
 from labkit import report as page
+from labkit.files import write_text
 
 _STOPPING = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 TICK = 60.0  # seconds between lines of a cell that works long, in a log file
@@ -59,6 +60,7 @@ def app() -> None:
 
 
 def _stop(number: int, _: Any) -> None:
+    logging.disable()  # else nbclient and asyncio tell at length of a kernel that was stopped too
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
@@ -184,24 +186,12 @@ def refresh(names: tuple[str, ...], all_: bool) -> None:
     """
     for path in _chosen(names, all_):
         began = time.perf_counter()
-        new = path.with_name(f".{path.stem}.{os.getpid()}.ipynb")
-        folder = record.new_folder(path.stem).resolve()
-        os.environ["LABKIT_RUN_DIR"] = str(folder)
-        try:
-            _execute(path, new, {}, path.resolve().parent)
-            if (file := folder / "record.json").is_file():
-                notebooks.keep_verdicts(new, json.loads(file.read_text("utf-8"))["claims"])
-            os.replace(new, path)
-        except (Exception, KeyboardInterrupt) as error:
-            if (folder / "record.json").is_file():
-                stopped = isinstance(error, KeyboardInterrupt)
-                record.close(folder, path.stem, {}, "interrupted" if stopped else "failed")
-            click.echo(f"labkit: {_failure(path.stem, error)}", err=True)
-            raise SystemExit(1) from None
-        finally:
-            new.unlink(missing_ok=True)
-            with suppress(OSError):  # it holds a run's record
-                os.removedirs(folder)
+        folder, found = _recorded(path, {}, None, path.resolve().parent)
+        if found["error"]:
+            click.echo(f"labkit: {found['error']}", err=True)
+            raise SystemExit(1)
+        notebooks.keep_verdicts(folder / "notebook.ipynb", found["claims"])
+        write_text(path, (folder / "notebook.ipynb").read_text("utf-8"))
         click.echo(f"{path.stem}: {time.perf_counter() - began:.0f} s")
 
 
@@ -271,19 +261,28 @@ def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
             click.echo("\r\x1b[K" * on_terminal, nl=False, err=True)
 
 
-def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
+def _recorded(
+    path: Path, values: dict[str, Any], output: Path | None, cwd: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Runs a notebook into a folder of its own and closes its record; returns both."""
     folder = record.new_folder(path.stem, output).resolve()
     os.environ["LABKIT_RUN_DIR"] = str(folder)
-    began, status, error = time.perf_counter(), "finished", ""
+    status, error = "finished", ""
     try:
-        _execute(path, folder / "notebook.ipynb", values, Path.cwd())
+        _execute(path, folder / "notebook.ipynb", values, cwd)
     except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
         status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         error = _failure(path.stem, failure)
     if status == "interrupted":
         for kind in _STOPPING:  # the record is to be closed, whatever else comes
             signal.signal(kind, signal.SIG_IGN)
-    found = record.close(folder, path.stem, values, status, error)
+    return folder, record.close(folder, path.stem, values, status, error)
+
+
+def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
+    began = time.perf_counter()
+    folder, found = _recorded(path, values, output, Path.cwd())
+    status, error = found["status"], found["error"]
     took, given = f"{time.perf_counter() - began:.0f} s", values | {"resume": folder}
     again = " ".join(f"-p {shlex.quote(f'{name}={value}')}" for name, value in given.items())
     again = f"labkit run {path.stem} {again}" if record.can_resume(folder) else f"see {folder}"
