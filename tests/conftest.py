@@ -4,7 +4,6 @@ Nothing here touches a network: the hub is switched off before any library reads
 environment; tests of hub loading start a subprocess with a loopback `HF_ENDPOINT`.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -132,15 +131,6 @@ def tiny_folder(tiny_model, tmp_path_factory):
 def arch(request):
     """Runs a test once for each of the five architectures."""
     return request.param
-
-
-@pytest.fixture(scope="session")
-def hub_server():
-    """The class `HubServer(root)` of hub_server.py: a hub on loopback."""
-    spec = importlib.util.spec_from_file_location("hub_server", HERE / "hub_server.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.HubServer
 
 
 @pytest.fixture(scope="session")

@@ -2,47 +2,23 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from loopback import Server, send
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class HubServer:
+class HubServer(Server):
     """Serves each folder in `root` as the model `town/<its name>` at `url`; a context manager."""
 
     def __init__(self, root):
         self.root, self.paths = Path(root), []
 
-    def __enter__(self):
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                hub.paths.append(self.path)
-                status, headers, data = hub.answer(self.path.split("?")[0])
-                self.send_response(status)
-                for key, value in (headers | {"Content-Length": str(len(data))}).items():
-                    self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(data if self.command == "GET" else b"")
-
-            do_HEAD = do_GET
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
+    def serve(self, handler):
+        self.paths.append(handler.path)
+        status, headers, data = self.answer(handler.path.split("?")[0])
+        send(handler, data, status, headers)
 
     def answer(self, path):
         """Status, headers and body for /town/NAME/resolve/REV/FILE or /api/models/town/NAME/…"""

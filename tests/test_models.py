@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from labkit import models
@@ -411,7 +412,7 @@ def load_fresh(url, home, *names, **more):
 
 
 def test_a_hub_gives_shards_then_the_cache_does_and_errors_name_the_model(
-    hub_server, tiny_model, tiny_tokenizer, tmp_path
+    tiny_model, tiny_tokenizer, tmp_path
 ):
     model = tiny_model("qwen2")
     for name in ("sharded", "pickled"):
@@ -420,7 +421,7 @@ def test_a_hub_gives_shards_then_the_cache_does_and_errors_name_the_model(
     only_pickle(tmp_path / "hub" / "pickled")
     without(tmp_path / "hub" / "pickled", "*.index.json")
     wanted = str(sum(p.double().sum().item() for p in model.parameters()))
-    with hub_server(tmp_path / "hub") as server:
+    with HubServer(tmp_path / "hub") as server:
         names = ("town/sharded", "town/sharded@v9", "town/typo", "town/pickled")
         loaded, *refused = load_fresh(server.url, tmp_path, *names)
     assert loaded == wanted

@@ -4,20 +4,18 @@ The small server answers a prompt with the prompt in capitals; `script` says wha
 one entry per request.
 """
 
-import json
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loopback import OpenAIServer
 from transformers.utils.import_utils import is_serve_available
 
 from labkit import models
@@ -28,79 +26,6 @@ KEY = "sk-town-0123456789"
 PROMPTS = [f"prompt {number} 你好" for number in range(12)]
 ANSWERS = [prompt.upper() for prompt in PROMPTS]
 BASE = Path(models.__file__).parent / "tinytown" / "base"
-
-
-class Server:
-    """An OpenAI-compatible server on loopback; a context manager."""
-
-    def __init__(self, script=(), delay=lambda number: 0.0, dies_after=None):
-        self.script, self.delay, self.dies_after = list(script), delay, dies_after
-        self.prompts, self.bodies, self.headers, self.times = [], [], [], []
-        self.busy = self.most_at_once = 0
-        self.lock = threading.Lock()
-
-    def __enter__(self):
-        town = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                town.answer(self)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, handler):
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        chat = handler.path == "/v1/chat/completions"
-        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
-        with self.lock:
-            number = len(self.prompts)
-            self.prompts.append(prompt)
-            self.bodies.append(body)
-            self.headers.append(handler.headers)
-            self.times.append(time.monotonic())
-            does = self.script.pop(0) if self.script else "answer"
-            self.busy += 1
-            self.most_at_once = max(self.most_at_once, self.busy)
-        time.sleep(self.delay(number))
-        with self.lock:
-            self.busy -= 1
-        if self.dies_after is not None and number >= self.dies_after:
-            does = "die"
-        text = {"text": prompt.upper()}
-        if chat:
-            text = {"message": {"role": "assistant", "content": prompt.upper()}}
-        reply = {"id": "1", "object": "completion", "created": 0, "model": "m"}
-        reply |= {"choices": [{"index": 0, "finish_reason": "stop", **text}]}
-        data, status, headers = json.dumps(reply).encode(), 200, {}
-        kind = "application/json"
-        if does == "die":  # in the middle of the response
-            data, headers = data[:20], {"Content-Length": str(len(data))}
-            handler.close_connection = True
-        elif isinstance(does, bytes):
-            data, kind = does, "text/html" if does.startswith(b"<") else kind
-        elif does != "answer":
-            status, headers = does
-            said = f"no, {handler.headers['Authorization']}"
-            data = json.dumps({"error": {"message": said}}).encode()
-        handler.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": str(len(data))} | headers
-        for name, value in headers.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +39,7 @@ def ask(server, **options):
 
 
 def test_responses_come_in_order_some_at_once():
-    with Server(delay=lambda number: 0.1 if number % 3 == 0 else 0.01) as server:
+    with OpenAIServer(delay=lambda number: 0.1 if number % 3 == 0 else 0.01) as server:
         assert ask(server, concurrency=4)(PROMPTS) == ANSWERS
         assert 2 <= server.most_at_once <= 4
         assert sorted(server.prompts) == sorted(PROMPTS)
@@ -123,7 +48,7 @@ def test_responses_come_in_order_some_at_once():
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_what_is_sent(chat, monkeypatch):
-    with Server() as server:
+    with OpenAIServer() as server:
         monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         options = {"chat": chat, "max_tokens": 7, "temperature": 0.5}
@@ -137,14 +62,14 @@ def test_what_is_sent(chat, monkeypatch):
 
 
 def test_retries_wait_as_long_as_the_server_says():
-    with Server([(429, {"Retry-After": "1"}), (500, {}), "die"]) as server:
+    with OpenAIServer([(429, {"Retry-After": "1"}), (500, {}), "die"]) as server:
         assert ask(server)(["a"]) == ["A"]
         first, second, third, fourth = server.times
         assert second - first >= 1.0 and third - second >= 0.3 and fourth - third >= 0.7
 
 
 def test_a_slow_response_is_asked_for_again():
-    with Server(delay=lambda number: 1.0 if number == 0 else 0.0) as server:
+    with OpenAIServer(delay=lambda number: 1.0 if number == 0 else 0.0) as server:
         assert ask(server, timeout=0.3)(["a"]) == ["A"]
         assert len(server.prompts) == 2
 
@@ -165,7 +90,7 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_an_error_says_where_and_what_to_do_without_the_key(name):
     script, kind, words = FAILURES[name]
-    with Server(script) as server:
+    with OpenAIServer(script) as server:
         respond = ask(server, retries=1)
         with pytest.raises(kind, match=words) as caught:
             respond(["a"])
@@ -177,7 +102,10 @@ def test_an_error_says_where_and_what_to_do_without_the_key(name):
 
 
 def test_time_out_and_no_server():
-    with Server(delay=lambda number: 1.0) as server, pytest.raises(TimeoutError, match="longer"):
+    with (
+        OpenAIServer(delay=lambda number: 1.0) as server,
+        pytest.raises(TimeoutError, match="longer"),
+    ):
         ask(server, timeout=0.2, retries=0)(["a"])
     with pytest.raises(ConnectionError, match=server.url):
         ask(server, retries=0)(["a"])
@@ -192,7 +120,7 @@ def test_arguments():
         assert key not in str(caught.value)
     with pytest.raises(ValueError, match="base_url"):
         from_server("m", base_url="localhost:8000/v1")
-    with Server() as server:
+    with OpenAIServer() as server:
         server.url = server.url.replace("://", f"://user:{KEY}@") + f"?key={KEY}"
         with pytest.raises(ValueError, match="prompts"):
             ask(server)("a")
@@ -203,7 +131,7 @@ def test_arguments():
 
 def test_the_cache_pays_nothing_twice_and_holds_no_key(tmp_path):
     file = tmp_path / "new" / "cache.jsonl"
-    with Server() as server:
+    with OpenAIServer() as server:
         first = cached(ask(server, temperature=1.0), file)
         assert first(PROMPTS[:2] * 2) == ANSWERS[:2] * 2  # four samples, not two
         assert len(server.prompts) == 4
@@ -223,21 +151,21 @@ def test_the_cache_pays_nothing_twice_and_holds_no_key(tmp_path):
 
 def test_a_server_that_dies_leaves_what_came_and_another_goes_on(tmp_path):
     file = tmp_path / "cache.jsonl"
-    with Server(dies_after=5) as server:
+    with OpenAIServer(dies_after=5) as server:
         respond = cached(ask(server, retries=0, concurrency=1), file)
         for _ in range(2):  # a failed call does not count: the same prompts, not new samples
             with pytest.raises(ConnectionError) as caught:
                 respond(PROMPTS)
             assert caught.value.__notes__[0].startswith(f"5 of 12 responses are kept in {file}")
         assert server.prompts == [*PROMPTS[:6], PROMPTS[5]]
-    with Server() as server:
+    with OpenAIServer() as server:
         assert cached(ask(server), file)(PROMPTS) == ANSWERS
         assert sorted(server.prompts) == sorted(PROMPTS[5:])
 
 
 def test_responses_on_their_way_are_kept_when_another_fails(tmp_path):
     """The first fails at once; the three that were sent with it are paid for, and kept."""
-    with Server([(400, {})], delay=lambda number: 0.5 * (number > 0)) as server:
+    with OpenAIServer([(400, {})], delay=lambda number: 0.5 * (number > 0)) as server:
         respond = cached(ask(server, concurrency=4), tmp_path / "cache.jsonl")
         with pytest.raises(ValueError):
             respond(PROMPTS)
@@ -250,7 +178,7 @@ def test_a_killed_process_resumes(tmp_path):
     file = tmp_path / "cache.jsonl"
     code = "import sys; from labkit.respond import *; url, file, *prompts = sys.argv[1:]; "
     code += "cached(from_server('m', base_url=url, concurrency=2), file)(prompts)"
-    with Server(delay=lambda number: 0.1) as server:
+    with OpenAIServer(delay=lambda number: 0.1) as server:
         process = subprocess.Popen([sys.executable, "-c", code, server.url, file, *PROMPTS])
         while len(server.prompts) < 6 and process.poll() is None:
             time.sleep(0.01)

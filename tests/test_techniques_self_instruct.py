@@ -1,19 +1,18 @@
 """Self-Instruct: similarity, filters in two languages, parsing, and the whole with a scripted model."""
 
-import http.server
 import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
-import threading
 from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from loopback import OpenAIServer
 
 from labkit import cards, cli, data, evaluation, respond, similarity, tinytown
 from labkit.record import read_runs
@@ -406,39 +405,6 @@ def test_the_file_with_its_card_is_what_notebook_06_reads(tmp_path, tiny_tokeniz
         cards.save([], tmp_path, "Nothing", {})
 
 
-class Server:
-    """Speaks OpenAI's protocol for completions, with `scripted` behind it, and counts prompts."""
-
-    def __enter__(self):
-        count = self.prompts = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                count.append(body["prompt"])
-                (text,) = scripted([body["prompt"]])
-                choice = {"index": 0, "finish_reason": "stop", "text": text}
-                reply = {"id": "1", "object": "text_completion", "created": 0, "model": "m"}
-                found = json.dumps(reply | {"choices": [choice]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(found)))
-                self.end_headers()
-                self.wfile.write(found)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 def test_the_notebook_with_seeds_of_ones_own_and_a_server_that_is_asked_once(
     tmp_path, tiny_folder, monkeypatch
 ):
@@ -453,7 +419,7 @@ def test_the_notebook_with_seeds_of_ones_own_and_a_server_that_is_asked_once(
         monkeypatch.setattr("sys.argv", ["labkit", *common, *more])
         cli.main()
 
-    with Server() as server:
+    with OpenAIServer(says=lambda prompt: scripted([prompt])[0]) as server:
         with pytest.raises(SystemExit) as ended:
             run("-p", "server", server.url)
         assert not ended.value.code

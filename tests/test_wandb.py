@@ -5,14 +5,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from wandb_server import WandbServer
 
 from labkit import dashboard, record, show, wandb_log
-
-sys.path.insert(0, str(Path(__file__).parent))
-from wandb_server import WandbServer  # noqa: E402
 
 RUN = """import sys, time; from labkit import record, show, wandb_log
 given = {'rank': 8, 'seed': 3, 'model': 'tinytown', 'data': sys.argv[2]}

@@ -5,12 +5,13 @@ import gzip
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback import Server, body, send
 
 KEY = "0" * 40  # a key of the form that W&B issues
 
 
-class WandbServer:
+class WandbServer(Server):
     """At `url`; `seconds` is how long each answer but the first takes. A context manager.
 
     `calls` are (operation, variables) of GraphQL, `stream` the bodies of the file stream, `files`
@@ -21,60 +22,28 @@ class WandbServer:
         self.seconds, self.calls, self.stream, self.files, self.views = seconds, [], [], {}, {}
         self.closing = threading.Event()
 
-    def __enter__(self):
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def reply(self, body=b"", status=200):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def do_HEAD(self):
-                self.reply()
-
-            do_GET = do_HEAD
-
-            def do_PUT(self):
-                data = self.rfile.read(int(self.headers["Content-Length"]))
-                server.closing.wait(server.seconds)
-                server.files[self.path.removeprefix("/upload/")] = data
-                self.reply()
-
-            def do_POST(self):
-                sent = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    sent = gzip.decompress(sent)
-                if "otel" in self.path:  # the client's telemetry
-                    return self.reply(b"{}")
-                sent = json.loads(sent)
-                server.closing.wait(server.seconds)
-                if self.path.startswith("/graphql"):
-                    self.reply(json.dumps({"data": server.answer(**sent)}).encode())
-                else:
-                    server.stream.append(sent)
-                    self.reply(b"{}")
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.close()
+    def serve(self, handler):
+        if handler.command in ("GET", "HEAD"):
+            return send(handler)
+        sent = body(handler)
+        if handler.command == "PUT":
+            self.closing.wait(self.seconds)
+            self.files[handler.path.removeprefix("/upload/")] = sent
+            return send(handler)
+        if "otel" in handler.path:  # the client's telemetry
+            return send(handler, b"{}")
+        zipped = handler.headers.get("Content-Encoding") == "gzip"
+        sent = json.loads(gzip.decompress(sent) if zipped else sent)
+        self.closing.wait(self.seconds)
+        if handler.path.startswith("/graphql"):
+            send(handler, json.dumps({"data": self.answer(**sent)}).encode())
+        else:
+            self.stream.append(sent)
+            send(handler, b"{}")
 
     def close(self):
         self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
+        super().close()
 
     def environment(self):
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
