@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from labkit import record, tinytown
+from labkit import models, record, tinytown
 
 Row = dict[str, Any]
 Measure = Callable[[Row], Row]
@@ -34,6 +34,7 @@ TUNING_SEED = 100  # no comparison uses it
 SWEEPS = ["full_finetuning", "lora_rank", "qlora_types", "prefix_length", "adapter_bottleneck"]
 SWEEPS += ["instruction_tuning", "rlhf", "reward_noise", "dpo", "orpo", "peft_comparison"]
 SWEEPS += ["self_instruct", "constitutional"]
+models.autocast_dtype = lambda model: None  # "auto" is float32 here, so that all devices agree
 
 
 def arguments(doc: str | None, seeds: int = 3, workers: int = 2, **settings: Any) -> Any:

@@ -2,8 +2,9 @@
 
     python scripts/pretrain_tinytown.py --out DIR
 
-reproduces `labkit/tinytown/base` on a GPU or a core. On several cores, one process for each is a
-third faster than one with as many threads, and splits every step's rows among them:
+reproduces `labkit/tinytown/base` on a GPU, where processes of their own write the text (`--streams`).
+On several cores, one process for each is a third faster than one with as many threads, and splits
+every step's rows among them:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/pretrain_tinytown.py --out DIR
 
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from labkit import data, evaluation, models, training
 from labkit.techniques import lora
@@ -94,18 +96,27 @@ def base_config(vocab_size: int, **changes: Any) -> Any:
     )
 
 
-def batches(tokenizer: Any, seed: int, rows: int, length: int) -> Iterator[torch.Tensor]:
-    """Endless (rows, length + 1) blocks of concatenated documents, an EOS after each document."""
-    stream, need = documents(seed), rows * length + 1
-    buffer: list[int] = []
-    while True:
-        while len(buffer) < need:
-            texts = [text for _, text in islice(stream, 500)]
-            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-                buffer += [*ids, tokenizer.eos_token_id]
-        block = torch.tensor(buffer[:need])
-        yield torch.stack([block[i * length : (i + 1) * length + 1] for i in range(rows)])
-        del buffer[: need - 1]
+class Blocks(IterableDataset):
+    """Endless (rows, length + 1) blocks of concatenated documents, an EOS after each document.
+
+    Each of a loader's processes has a stream of documents of its own, numbered as it is.
+    """
+
+    def __init__(self, tokenizer: Any, rows: int, length: int) -> None:
+        self.tokenizer, self.rows, self.length = tokenizer, rows, length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker, n, eos = get_worker_info(), self.length, self.tokenizer.eos_token_id
+        stream, need = documents(worker.id if worker else 0), self.rows * n + 1
+        buffer: list[int] = []
+        while True:
+            while len(buffer) < need:
+                texts = [text for _, text in islice(stream, 500)]
+                for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                    buffer += [*ids, eos]
+            block = torch.tensor(buffer[:need])
+            yield torch.stack([block[i * n : (i + 1) * n + 1] for i in range(self.rows)])
+            del buffer[: need - 1]
 
 
 def share_of_rate(step: int, steps: int, decay: float, warmup: int = 60) -> float:
@@ -127,30 +138,35 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         weights, momentum, updates = group["params"], group["momentum"], []
-        for i, weight in enumerate(weights):
+        for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
             buffer = self.state[weight]["momentum"]
             buffer.lerp_(weight.grad, 1 - momentum)
-            mine = i % world_size() == rank()
-            update = weight.grad.lerp(buffer, momentum)
-            updates.append(orthogonal(update) if mine else torch.zeros_like(weight))
-        for weight, update in zip(weights, summed(updates), strict=True):
+            updates.append(weight.grad.lerp(buffer, momentum))
+        done = [torch.zeros_like(weight) for weight in weights]
+        for shape in dict.fromkeys(weight.shape for weight in weights):
+            mine = [i for i, weight in enumerate(weights) if weight.shape == shape]
+            if mine := mine[rank() :: world_size()]:
+                found = orthogonal(torch.stack([updates[i] for i in mine]))
+                for i, update in zip(mine, found, strict=True):
+                    done[i] = update
+        for weight, update in zip(weights, summed(done), strict=True):
             tall = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(update, alpha=-group["lr"] * tall)
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Near to UV' where `matrix` is USV': five steps of a quintic Newton-Schulz iteration."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns), each near to UV' where it was USV': a quintic Newton-Schulz iteration."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
-        x = torch.addmm(
-            x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445
-        )
-    return x if wide is matrix else x.T
+        square = x @ x.mT
+        factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def rank() -> int:
@@ -181,6 +197,19 @@ def optimizers(model: Any, args: argparse.Namespace) -> list[torch.optim.Optimiz
     return [Muon(matrices, args.muon_rate), adamw]
 
 
+@torch.no_grad()
+def tell_apart(model: Any, tokens: list[int]) -> None:
+    """Adds to the embedding of each token a random vector of the usual length.
+
+    Of tokens that no text has, training moves all embeddings alike: those of a user's turn and of
+    an assistant's came out parallel, and no model that is tuned could tell them apart.
+    """
+    weight = model.get_input_embeddings().weight
+    noise = torch.randn(len(tokens), weight.shape[1], generator=torch.Generator().manual_seed(0))
+    noise *= weight.norm(dim=1).mean().cpu() / noise.norm(dim=1, keepdim=True)
+    weight[tokens] += noise.to(weight)
+
+
 def pretrain(out: Path, args: argparse.Namespace) -> None:
     """Train for `args.steps`, with a checkpoint now and then, and save the result."""
     from transformers import LlamaForCausalLM
@@ -199,7 +228,8 @@ def pretrain(out: Path, args: argparse.Namespace) -> None:
         first, minutes = state["step"], state["minutes"]
     compiled = torch.compile(model) if args.compile else model
     started, losses = time.perf_counter(), []
-    blocks = islice(batches(tokenizer, 0, args.rows, args.length), first, args.steps)
+    loader = DataLoader(Blocks(tokenizer, args.rows, args.length), None, num_workers=args.streams)
+    blocks = islice(loader, first, args.steps)
     for step, block in enumerate(blocks, first + 1):
         share = share_of_rate(step - 1, args.steps, args.decay)
         for optimizer, peak in zip(both, peaks, strict=True):
@@ -218,12 +248,15 @@ def pretrain(out: Path, args: argparse.Namespace) -> None:
             os.replace(file.with_suffix(".tmp"), file)
     if rank():
         return
+    tell_apart(model, [i for i, token in enumerate(SPECIAL) if token != EOS])
     model.float().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {
         "tokens_seen": args.steps * args.rows * args.length,
         "minutes": round(minutes + (time.perf_counter() - started) / 60, 1),
-        "processes": world_size(),
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{world_size()} CPU core(s)",
         "perplexity": evaluation.perplexity_by(model.float().cpu(), tokenizer, genre_samples(60)),
     }
     options = {k: v for k, v in vars(args).items() if k not in ("out", "stages")}
@@ -325,7 +358,18 @@ def write_card(out: Path) -> None:
 def command(facts: dict[str, Any]) -> str:
     """The call of this script that repeats a pretraining."""
     options = []
-    for name in ("steps", "decay", "muon_rate", "adamw_rate", "rows", "length", "shape", "seed"):
+    names = (
+        "steps",
+        "decay",
+        "muon_rate",
+        "adamw_rate",
+        "rows",
+        "length",
+        "streams",
+        "shape",
+        "seed",
+    )
+    for name in names:
         options += [f"--{name.replace('_', '-')}", str(facts[name])]
     options += [] if facts["compile"] else ["--no-compile"]
     return f"python scripts/pretrain_tinytown.py --out DIR {shlex.join(options)}"
@@ -345,6 +389,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--decay", type=float, default=0.3333333, help="share of the steps, at the end")
     p.add_argument("--rows", type=int, default=16, help="blocks per step")
     p.add_argument("--length", type=int, default=256, help="tokens per block")
+    p.add_argument("--streams", type=int, default=0, help="processes that write text; 0: this one")
     p.add_argument("--muon-rate", type=float, default=0.012, help="of the layers' matrices")
     p.add_argument("--adamw-rate", type=float, default=5e-3, help="of the embedding and the norms")
     p.add_argument("--shape", default="{}", help="JSON changes to the model's shape")

@@ -35,7 +35,7 @@ def test_the_card_has_the_numbers_and_the_command(script, tiny_model, tmp_path):
     facts = {
         "tokens_seen": 12_288,
         "minutes": 0.4,
-        "processes": 2,
+        "device": "2 CPU cores",
         "perplexity": {"profile": 2.0, "sums": 8.0},
     }
     facts |= options | {"out": "DIR"}
@@ -70,16 +70,40 @@ def test_a_killed_run_goes_on(script, tiny_tokenizer, tmp_path_factory, monkeypa
     monkeypatch.setattr(script, "update", spied)
     options = "--out . --steps 4 --rows 2 --length 8 --no-compile"
     args = script.parser().parse_args(options.split())
-    batches, (whole, killed) = script.batches, map(tmp_path_factory.mktemp, ("whole", "killed"))
+    loader, (whole, killed) = script.DataLoader, map(tmp_path_factory.mktemp, ("whole", "killed"))
     script.pretrain(whole, args)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "batches", lambda *a: chain(islice(batches(*a), 3), [None]))
+        three = lambda *a, **options: chain(islice(loader(*a, **options), 3), [None])  # noqa: E731
+        patch.setattr(script, "DataLoader", three)
         with pytest.raises(TypeError):  # step 4 has nothing to train on; step 2 is saved
             script.pretrain(killed, args)
     script.pretrain(killed, args)
     assert rates == rates[:4] + rates[:3] + rates[2:4] and len(rates) == 9
     weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, killed)]
     assert weights[0] == weights[1]
+
+
+def test_processes_that_write_text_have_streams_of_their_own(script, tiny_tokenizer):
+    blocks = script.Blocks(tiny_tokenizer, rows=2, length=8)
+    assert all(torch.equal(a, b) for a, b in islice(zip(blocks, blocks, strict=False), 3))
+    loader = script.DataLoader(blocks, None, num_workers=2)
+    first, second, third = islice(loader, 3)
+    alone = list(islice(blocks, 2))
+    assert torch.equal(first, alone[0]) and torch.equal(third, alone[1])
+    assert not torch.equal(first, second)
+
+
+def test_tokens_of_no_text_are_told_apart(script, tiny_model):
+    """Their embeddings were parallel; the others stay."""
+    model, tokens = tiny_model("llama"), [0, 2, 3]
+    weight = model.get_input_embeddings().weight
+    weight.data[tokens] = weight.data[5].clone()
+    before = weight.detach().clone()
+    script.tell_apart(model, tokens)
+    changed = (weight != before).any(1).nonzero()[:, 0].tolist()
+    assert changed == tokens
+    alike = torch.nn.functional.cosine_similarity(weight[[0, 0, 2]], weight[[2, 3, 3]])
+    assert (alike < 0.9).all()
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_nothing(script):
