@@ -18,13 +18,13 @@ from labkit import evaluation, models
 from labkit.techniques import adapter
 
 LEARNING_RATES = {
-    ("houlsby", 1): (8e-3, 16e-3),
-    ("houlsby", 4): (8e-3, 16e-3),
-    ("houlsby", 24): (4e-3, 8e-3),
-    ("houlsby", 128): (2e-3, 4e-3),
-    ("pfeiffer", 24): (4e-3, 8e-3),
-    ("pfeiffer", 48): (4e-3, 8e-3),
-    ("random", 24): (4e-3, 8e-3),
+    ("houlsby", 1): (4e-3, 8e-3),
+    ("houlsby", 4): (4e-3, 8e-3),
+    ("houlsby", 24): (2e-3, 4e-3),
+    ("houlsby", 128): (1e-3, 2e-3),
+    ("pfeiffer", 24): (2e-3, 4e-3),
+    ("pfeiffer", 48): (2e-3, 4e-3),
+    ("random", 24): (2e-3, 4e-3),
 }
 
 

@@ -62,7 +62,7 @@ def conditions(args: Any) -> list[sweep.Row]:
     own |= {("plain", 0): {"stage": "remedy"} | NARROWED}
     own |= {("frozen layers", 2): own["plain", 0] | FROZEN, ("LoRA", 8): own["plain", 0] | LORA}
     own = {key: row for key, row in own.items() if sweep.selected([row], args.only)}
-    rates = {key: (4e-3, 8e-3) if key[0] == "LoRA" else (5e-4, 1e-3) for key in own}
+    rates = {key: (2e-3, 4e-3) if key[0] == "LoRA" else (2.5e-4, 5e-4) for key in own}
     best = sweep.best_rates(measure, own, rates, args)
     found = [{"stage": "base", "mixture": mixture} for mixture in ("all", "narrow")]
     found += [ALL | {"stage": "rate", "learning_rate": rate} for rate in LEARNING_RATES]

@@ -36,7 +36,7 @@ CONDITIONS |= {f"{n} families": {"families": n} for n in (4, 8)}
 CONDITIONS |= {"English only": {"languages": ("en",)}}
 LOSSES = {"prompt learned": (True, True), "no EOS": (False, False), "chapter's loss": (True, False)}
 CONDITIONS |= {name: {} for name in LOSSES}
-LEARNING_RATES = {(name,): (5e-4, 1e-3) for name in CONDITIONS}
+LEARNING_RATES = {(name,): (2.5e-4, 5e-4) for name in CONDITIONS}
 
 
 @cache

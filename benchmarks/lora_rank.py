@@ -20,9 +20,9 @@ from labkit.techniques import lora
 
 FULL = 0  # the rank that stands for full fine-tuning
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-LEARNING_RATES = {(FULL,): (5e-4, 1e-3), (1,): (8e-3, 16e-3), (2,): (8e-3, 16e-3)}
-LEARNING_RATES |= {(4,): (4e-3, 8e-3), (8,): (4e-3, 8e-3), (16,): (2e-3, 4e-3)}
-LEARNING_RATES |= {(32,): (2e-3, 4e-3), (64,): (1e-3, 2e-3)}
+LEARNING_RATES = {(FULL,): (2.5e-4, 5e-4), (1,): (4e-3, 8e-3), (2,): (4e-3, 8e-3)}
+LEARNING_RATES |= {(4,): (2e-3, 4e-3), (8,): (2e-3, 4e-3), (16,): (1e-3, 2e-3)}
+LEARNING_RATES |= {(32,): (1e-3, 2e-3), (64,): (5e-4, 1e-3)}
 
 
 def measure(point: sweep.Row) -> sweep.Row:

@@ -105,7 +105,8 @@ def held(model: Any, tokenizer: Any, rows: list[Row]) -> Row:
     """Means over held-out pairs, as ORPO sees them."""
     encoded, config = encode_pairs(rows, tokenizer), orpo.ORPOConfig()
     parts = [encoded[i : i + 32] for i in range(0, len(encoded), 32)]
-    seen = [orpo.pair_loss(model.eval(), pack_pairs(part, False), config)[1] for part in parts]
+    batches = [pack_pairs(part, False).to(model.device) for part in parts]
+    seen = [orpo.pair_loss(model.eval(), batch, config)[1] for batch in batches]
     weights = [len(part) / len(encoded) for part in parts]
     found = {k: sum(w * s[k].item() for w, s in zip(weights, seen, strict=True)) for k in SHOWN}
     return {f"held_{name}": value for name, value in found.items()}

@@ -21,7 +21,7 @@ from labkit import models
 from labkit.techniques import lora, quantization
 
 TYPES = [("none", 0), *((name, size) for size in (64, 4096) for name in ("nf4", "fp4", "int4"))]
-LEARNING_RATES = dict.fromkeys(TYPES, (4e-3, 8e-3))
+LEARNING_RATES = dict.fromkeys(TYPES, (2e-3, 4e-3))
 
 
 def measure(point: sweep.Row) -> sweep.Row:

@@ -122,6 +122,7 @@ def likelihoods(model: Any, tokenizer: Any, rows: list[sweep.Row], template: str
     texts = [row | {"completion": text} for row in rows for text in row["responses"]]
     encoded, found = data.encode(texts, tokenizer, template=template), []
     for batch in (pack(encoded[i : i + 64], packing=False) for i in range(0, len(encoded), 64)):
+        batch = batch.to(model.device)
         found += logprobs.mean_by_example(logprobs.response_logps(model, batch), batch).tolist()
     return found
 

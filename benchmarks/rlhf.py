@@ -149,11 +149,11 @@ def measure(point: Row, file: Path) -> Row:
     start = "tinytown" if arm in ("base", "no SFT", WITHOUT[0]) else sft
     (model, tokenizer), first = models.load(start), models.load(start)[0]
     own = arm if arm == WITHOUT[0] else "reward"
-    learned = reward.RewardModel.load(folder / own)
+    learned = reward.RewardModel.load(folder / own, str(model.device))
     found: Row = {"history": [], "train_seconds": 0.0}
     if arm not in ("base", "SFT"):
         started = time.perf_counter()
-        untrained = reward.RewardModel.load(folder / "untrained")
+        untrained = reward.RewardModel.load(folder / "untrained", str(model.device))
         target = {"gold": gold_reward, "no reward model": untrained}.get(arm, learned)
         found["history"] = trained(model, tokenizer, learned, target, point)
         found["train_seconds"] = round(time.perf_counter() - started, 1)
@@ -247,7 +247,7 @@ def scores(
     ]
     batches = [pack(examples[i : i + 64], packing=False) for i in range(0, len(examples), 64)]
     ours, theirs = (
-        sum(logprobs.response_logps(m.eval(), batch).sum().item() for batch in batches)
+        sum(logprobs.response_logps(m.eval(), b.to(m.device)).sum().item() for b in batches)
         for m in (model, first)
     )
     texts = generate.texts(tokenizer, replies, ends)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,15 @@ def _each(function: Measure, points: Sequence[Row], workers: int) -> Iterator[Ro
     if workers < 2:
         yield from map(function, points)
         return
+    yield from _pool(workers).imap_unordered(function, points)
+
+
+@cache
+def _pool(workers: int) -> Any:
+    """Processes that serve all stages of a sweep: to start one takes longer than a short run."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     pin = _pin if hasattr(os, "sched_setaffinity") else None
-    with multiprocessing.get_context("spawn").Pool(workers, pin, (workers,)) as pool:
-        yield from pool.imap_unordered(function, points)
+    return multiprocessing.get_context("spawn").Pool(workers, pin, (workers,))
 
 
 def _pin(workers: int) -> None:

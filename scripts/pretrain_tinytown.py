@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 )
 LOG_EVERY, SAVE_EVERY = 50, 200  # steps
 ASKED = ("facts", "lowest_family", "test", "heldout_phrasings", "heldout_families")
-EXAMPLES, SEEDS = (2000, 8000), 1
+EXAMPLES, SEEDS = (2000, 8000), 3
 
 
 def train_tokenizer(vocab_size: int = 2048, documents_used: int = 40_000) -> Any:

@@ -106,7 +106,7 @@ def forward(model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, **inputs:
 @torch.no_grad()
 def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Keys and values of a real text, ids (length,), as rows: the model answers as if it read it."""
-    past = model(input_ids=ids[None], use_cache=True).past_key_values
+    past = model(input_ids=ids[None].to(model.device), use_cache=True).past_key_values
     if (window := min(layer.keys.shape[2] for layer in past.layers)) < len(ids):
         raise ValueError(
             f"text: expected at most {window} tokens, the sliding window, got {len(ids)}"

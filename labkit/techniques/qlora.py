@@ -119,7 +119,8 @@ def _log_coverage(model: Any, linear: dict[str, Any]) -> None:
     share = sum(covered.values()) / models.parameter_counts(model).total
     left = {p: name for name, p in model.named_parameters() if p.ndim > 1 and p not in covered}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    usual = {layer.weight for layer in (*embeddings, model.get_output_embeddings())}
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # a single block has none
+    usual = {layer.weight for layer in (*embeddings, head) if layer is not None}
     names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left.values()}))
     level = logging.WARNING if left.keys() - usual else logging.INFO
     log.log(level, "qlora: %.1f %% of the weights in four bits; not %s", 100 * share, names)
