@@ -71,7 +71,7 @@ def over_seeds(measure: Measure, conditions: Iterable[Row], args: Any) -> list[R
 def run(measure: Measure, points: Sequence[Row], file: Path, workers: int = 1) -> list[Row]:
     """`measure(point)` for every point that is not yet in `file`; returns all runs of the file.
 
-    A run is a point, its results, and the seconds that they took. With several workers, `measure`
+    A run is a point, its results, the seconds that they took and the device. With several workers, `measure`
     must be importable, or a `functools.partial` of such a function. Raises ValueError for a file
     that was recorded with another base.
     """
@@ -108,7 +108,8 @@ def selected(points: Iterable[Row], only: Mapping[str, str]) -> list[Row]:
 def _timed(measure: Measure, point: Row) -> Row:
     started = time.perf_counter()
     found = measure(point)
-    return point | {"seconds": round(time.perf_counter() - started, 2)} | found
+    spent = {"seconds": round(time.perf_counter() - started, 2), "device": models.find_device()}
+    return point | spent | found
 
 
 def _each(function: Measure, points: Sequence[Row], workers: int) -> Iterator[Row]:
