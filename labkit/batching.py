@@ -95,6 +95,8 @@ def pack(examples: Sequence[Example], packing: bool = True, pad_id: int = 0) -> 
     lengths = [len(example.ids) for example in examples]
     width = _capacity(lengths) if packing else max(lengths)
     groups = _fill(lengths, width) if packing else [[i] for i in range(len(examples))]
+    if packing and len(groups) == len(examples):  # nothing shares a sequence, or needs a mask
+        return pack(examples, False, pad_id)
     shape = len(groups), width
     ids: np.ndarray = np.full(shape, pad_id, dtype=np.int64)
     places: np.ndarray = np.zeros(shape, dtype=np.int64)  # padding's 0 is within any context

@@ -95,11 +95,14 @@ def keeps_apart(model: nn.Module) -> bool:
 
     The gradient of the second's hidden states in the first's embeddings must be 0 to the last bit.
     (The states themselves may move by rounding: the experts of a mixture share products.) A soft
-    prompt stands before the first example only, and some models see across restarted positions.
+    prompt stands before the first example only, some models see across restarted positions, and
+    flash-attention in transformers does where a batch has several sequences.
     """
     backbone, device = base_model(model).base_model, next(model.parameters()).device
     accepted = inspect.signature(backbone.forward).parameters
     if has_soft_prompt(model) or "position_ids" not in accepted:
+        return False
+    if "flash" in (getattr(backbone.config, "_attn_implementation", None) or ""):
         return False
     embedding, embedded = backbone.get_input_embeddings(), []
     texts = [np.arange(1, n) % embedding.num_embeddings for n in (7, 5)]

@@ -147,6 +147,9 @@ def _attached(network: Any, s: Setting) -> Any:
             network.set_submodule(name, _Linear4bit(layer))
         rank = 8 if s.rank is None else s.rank
         model = lora.attach(network, lora.LoraConfig(rank=rank, targets=s.targets))
+    if s.technique == "qlora" and s.device == "cuda" and s.precision != "fp32":
+        for layer in model.modules():  # as PEFT's layer of four bits: its inputs are not copied
+            layer.cast_input_dtype_enabled = False
     half = "fp32" if s.precision == "fp32" else "bf16"
     return rollout.PolicyWithValue(model, precision=half) if s.technique == "ppo" else model
 
@@ -164,16 +167,14 @@ def _faked(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _batch(s: Setting, mode: FakeTensorMode) -> Any:
-    """Examples of equal length, packed where labkit packs: on a CPU."""
+    """Examples of equal length, packed where labkit packs."""
     ones: np.ndarray = np.ones(s.sequence_length, dtype=np.int64)
     mask = ones * (np.arange(len(ones), 0, -1) <= max(1, round((len(ones) - 1) * s.response_share)))
     examples: list[Any] = [batching.Example(ones, mask)] * s.batch_size
     collate: Any = batching.pack
     if s.technique == "reward":
         examples, collate = [examples[:1] * s.ranked] * s.batch_size, reward.pack_rankings
-    batch = collate(examples, packing=s.device == "cpu" and s.technique != "prefix")
-    if batch.input_ids.shape == (batch.size, len(ones)):  # nothing is packed, so nothing masked
-        batch = collate(examples, packing=False)
+    batch = collate(examples, packing=s.technique != "prefix")
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **{name: mode.from_tensor(value) for name, value in tensors.items()})
 

@@ -6,7 +6,7 @@ supervised fine-tuning is here, the mean negative log-likelihood of the response
     L = -1/N sum over response tokens t of log p(x_t | x_<t),
 
 the same number as TRL's, computed for less: only response tokens enter the output head
-(`logprobs`), on a CPU short examples share a packed sequence (`batching`), and the history is read
+(`logprobs`), short examples share a packed sequence (`batching`), and the history is read
 off the device once an entry. What a technique changes in the model, it changes before.
 """
 
@@ -53,8 +53,8 @@ class TrainConfig:
 
     `batch_size` counts examples per step and device, `warmup_ratio` is a share of all steps,
     `max_steps` = -1 leaves the length to `epochs`. `precision` "auto" is bfloat16 autocast where
-    it pays. With `packing`, short examples of a batch share a sequence; "auto": on a CPU where the
-    model keeps them apart. A checkpoint is written every `save_steps` steps (0: never); `resume`
+    it pays. With `packing`, short examples of a batch share a sequence; "auto": where the model
+    keeps them apart. A checkpoint is written every `save_steps` steps (0: never); `resume`
     names a folder with checkpoints in or below it, and the newest complete one is gone on from.
     """
 
@@ -325,8 +325,7 @@ def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folde
                 continue
             raise ValueError(f"example {number}: expected {problem}")
     models.warn_of_half_precision(model)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    apart = (on_cpu or config.packing is True) and logprobs.keeps_apart(model)
+    apart = config.packing is not False and logprobs.keeps_apart(model)
     if config.packing is True and not apart:
         raise ValueError("packing: this model lets packed examples see each other; leave it off")
     return apart if config.packing == "auto" else config.packing

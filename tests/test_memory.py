@@ -1,7 +1,9 @@
 """The planner: exact counts by hand, and peaks of real steps against the allocator's record."""
 
+import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +52,19 @@ def test_the_chapters_nine_numbers():
     assert [row["chapter, GB"] for row in table] == [28, 52, 260, 12, 20, 120, 6, 10, 48]
     for row, expected in zip(table, by_hand, strict=True):
         assert row["planned, GB"] - 0.6 == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("technique", ["full", "lora", "qlora"])
+def test_the_plan_is_what_a_gpu_took(technique):
+    """LLaMA-7B's shape on an H200, at the least and the most of each: `benchmarks/memory_gpu.py`."""
+    file = Path(__file__).parents[1] / "benchmarks/results/memory_gpu.json"
+    runs = [r for r in json.loads(file.read_text("utf-8"))["runs"] if r["technique"] == technique]
+    names = ("batch_size", "sequence_length", "gradient_checkpointing", "optimizer")
+    for run in (min(runs, key=lambda r: r["peak_bytes"]), max(runs, key=lambda r: r["peak_bytes"])):
+        given = {name: run[name] for name in (*names, "response_share")}
+        given |= {"precision": "bf16", "device": "cuda", "device_memory": 150e9}
+        planned = memory.plan(memory.llama(run["model_size"]), technique, **given)
+        assert planned.allocated == pytest.approx(run["peak_bytes"], rel=0.05)
 
 
 @pytest.mark.parametrize("technique", ["full", "qlora", "reward", "ppo"])

@@ -183,8 +183,14 @@ def test_packed_sequences_hold_each_example_once_and_pad_little():
 
 def test_positions_stay_within_the_context():
     """256 is GPT-2's context here: the padding behind a short example must not run past it."""
-    batch = pack([example([5] * 256, 1), example([5] * 4, 1)])
+    batch = pack([example([5] * n, 1) for n in (256, 4, 4)])
     assert batch.input_ids.shape[1] >= 256 and int(batch.position_ids.max()) == 255
+
+
+def test_where_nothing_shares_a_sequence_nothing_is_masked():
+    """Position ids would bring a mask, and with it a slower attention."""
+    batch = pack([example([5] * 200, 1), example([5] * 190, 1)])
+    assert batch.position_ids is None and batch.input_ids.shape == (2, 200)
 
 
 def test_the_order_holds_each_example_once_and_follows_seed_and_epoch():
@@ -203,6 +209,9 @@ def test_models_that_mix_packed_examples_are_found_out(tiny_model, arch):
     assert keeps_apart(tiny_model(arch)) and keeps_apart(tiny_model(arch).bfloat16())
     if arch != "llama":
         return
+    flash = tiny_model(arch)
+    flash.config._attn_implementation = "flash_attention_2"
+    assert not keeps_apart(flash)
     wide = tiny_moe(hidden_size=256)
     assert keeps_apart(wide) and keeps_apart(wide.bfloat16())
     small = dict(vocab_size=448, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
