@@ -116,7 +116,8 @@ def measure(point: Row, file: Path) -> Row:
         ]
         model = models.load(str(start))[0]
         result = cai.train(model, tokenizer, pairs, dpo.DPOConfig(**settings), progress=False)
-        found = common.results(result) | {"labels": agreement(rows, both)}
+        found = common.results(result)
+        found |= {"labels": agreement(rows, both)} if point["arm"] == "AI" else {}
     elif point["arm"] != "helpful-only":
         model = models.load(str(supervised(place, tokenizer, made, point)))[0]
     if point["stage"] == "tune":
