@@ -23,7 +23,7 @@ def recorded(question: str, current: bool = False) -> dict[str, Any]:
     if not found["runs"]:
         print(f"{file.name} is not recorded yet: benchmarks/{question}.py makes it.")
         return found
-    if found.get("base") != tinytown.base_checksum():
+    if found.get("base", tinytown.base_checksum()) != tinytown.base_checksum():
         print(f"{file.name} was recorded on an earlier base checkpoint, not on this one.")
         found["runs"] = [] if current else found["runs"]
     _read[question] = [p for p in found["runs"] if p.get("stage", "compare") == "compare"]
@@ -39,7 +39,7 @@ def differs(question: str) -> str:
         names = notebooks.renamed(notebooks.folder() / f"{this_run.get('notebook')}.ipynb")
         points = [{names.get(name, name): p[name] for name in p} for p in points]
     found = []
-    for name in [name for name in this_run if points and name in points[0]]:
+    for name in [name for name in this_run if points and name in points[0] and name != "device"]:
         values = [p.get(name) for p in points]
         if values == values[:1] * len(values) and values[0] != this_run[name]:
             found.append(f"{name} {this_run[name]} instead of {values[0]}")
