@@ -77,8 +77,7 @@ def plan(point: dict[str, Any], device_memory: float) -> memory.Plan:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options = {name: value for name, value in point.items() if name != "model_size"}
     options |= {"precision": "bf16", "device": "cuda", "device_memory": device_memory}
-    found = memory.plan(memory.llama(point["model_size"]), **options)
-    return found if found.advice else found  # the plan keeps what the advice is made of
+    return memory.plan(memory.llama(point["model_size"]), **options)
 
 
 def measure(point: dict[str, Any], planned: memory.Plan) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 LoRA and QLoRA of rank 16 on all linear layers, random weights, bfloat16 arithmetic, 16 examples a
 step, of lognormal lengths: mean about 300 tokens, at most 1,024, 55 % response.
 
-    labkit            labkit.training.fit with its defaults: on a GPU each example has its row
-    labkit_packed     the same with packing=True
+    labkit            labkit.training.fit with its defaults: short examples share a row
+    labkit_padded     the same with packing=False: each example has its row
     trl               TRL's SFTTrainer with its defaults
     trl_padding_free  the same with padding_free=True: the examples of a step in one long row
     trl_grouped       the same as `trl` on examples of similar length
@@ -115,7 +115,7 @@ def run_bare(model: Any, flat: Examples, again: bool) -> list[float]:
 
 
 ARMS: dict[str, Callable[..., list[float]]] = {"labkit": run_labkit, "trl": run_trl}
-ARMS |= {"labkit_packed": partial(run_labkit, packing=True), "trl_grouped": run_trl}
+ARMS |= {"labkit_padded": partial(run_labkit, packing=False), "trl_grouped": run_trl}
 ARMS |= {"trl_padding_free": partial(run_trl, padding_free=True, max_length=None), "bare": run_bare}
 
 

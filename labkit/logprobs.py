@@ -96,11 +96,11 @@ def keeps_apart(model: nn.Module) -> bool:
     The gradient of the second's hidden states in the first's embeddings must be 0 to the last bit.
     (The states themselves may move by rounding: the experts of a mixture share products.) A soft
     prompt stands before the first example only, some models see across restarted positions, and
-    flash-attention in transformers does where a batch has several sequences.
+    flash-attention in transformers does where a batch has several sequences. False without weights.
     """
     backbone, device = base_model(model).base_model, next(model.parameters()).device
     accepted = inspect.signature(backbone.forward).parameters
-    if has_soft_prompt(model) or "position_ids" not in accepted:
+    if has_soft_prompt(model) or "position_ids" not in accepted or device.type == "meta":
         return False
     if "flash" in (getattr(backbone.config, "_attn_implementation", None) or ""):
         return False

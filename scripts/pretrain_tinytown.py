@@ -254,9 +254,7 @@ def pretrain(out: Path, args: argparse.Namespace) -> None:
     facts = {
         "tokens_seen": args.steps * args.rows * args.length,
         "minutes": round(minutes + (time.perf_counter() - started) / 60, 1),
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{world_size()} CPU core(s)",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{world_size()} cores",
         "perplexity": evaluation.perplexity_by(model.float().cpu(), tokenizer, genre_samples(60)),
     }
     options = {k: v for k, v in vars(args).items() if k not in ("out", "stages")}
@@ -358,18 +356,7 @@ def write_card(out: Path) -> None:
 def command(facts: dict[str, Any]) -> str:
     """The call of this script that repeats a pretraining."""
     options = []
-    names = (
-        "steps",
-        "decay",
-        "muon_rate",
-        "adamw_rate",
-        "rows",
-        "length",
-        "streams",
-        "shape",
-        "seed",
-    )
-    for name in names:
+    for name in "steps decay muon_rate adamw_rate rows length streams shape seed".split():
         options += [f"--{name.replace('_', '-')}", str(facts[name])]
     options += [] if facts["compile"] else ["--no-compile"]
     return f"python scripts/pretrain_tinytown.py --out DIR {shlex.join(options)}"

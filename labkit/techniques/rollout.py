@@ -93,7 +93,7 @@ class PolicyWithValue(nn.Module):
         for p in self.value_head.parameters():
             nn.init.zeros_(p)
         self.eval()
-        self.packing = model.device.type != "meta" and logprobs.keeps_apart(model)
+        self.packing = logprobs.keeps_apart(model)
 
     def pack(self, examples: Sequence[Example]) -> Batch:
         """A batch for `forward`, packed where that is right and pays."""
