@@ -132,13 +132,19 @@ def rewards(place: Path, seed: int, point: Row) -> Path:
             if name == "reward":
                 head = reward.with_head(model, tokenizer, seed)
                 found["untrained"] = reward.RewardModel(head, tokenizer)
-            rows = preferences.prompts(point["rankings"] // 5, seed=2000 + seed)
-            texts = generate.responses(model, tokenizer, rows, seed=1, max_new_tokens=TOKENS)
+            scale = answered(
+                model, tokenizer, preferences.prompts(point["rankings"] // 5, 2000 + seed)
+            )
             for kind, scorer in found.items():
-                scale = [row["prompt"] for row in rows], [text for (text,) in texts]
                 scorer.normalized(*scale).save(folder / kind)
 
     return made_once(place.with_name(f"{place.name}-{point['reward_rate']:g}"), make)
+
+
+def answered(model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Prompts, and a sampled response to each."""
+    texts = generate.responses(model, tokenizer, rows, seed=1, max_new_tokens=TOKENS)
+    return [row["prompt"] for row in rows], [text for (text,) in texts]
 
 
 def measure(point: Row, file: Path) -> Row:
@@ -211,7 +217,15 @@ def golds(rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
 
 
 def constants(rows: Sequence[Row]) -> Row:
-    """Gold scores of answers that never change, each in its row's language."""
+    """Gold scores of answers that never change."""
+    said = constant_answers(rows)
+    return {
+        n: gold_scores(rows, texts) | {"golds": golds(rows, texts)} for n, texts in said.items()
+    }
+
+
+def constant_answers(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Answers to all rows that never change, each in its row's language."""
     genres, tasks = tinytown.texts("genres"), tinytown.texts("tasks")
 
     def said(lang: str) -> dict[str, str]:
@@ -221,24 +235,20 @@ def constants(rows: Sequence[Row]) -> Row:
         kind = refusal["kind"].format(title=title)
         return found | {"refusal": refusal["plain"], "refusal with an offer": kind}
 
-    found = {}
-    for name in said("en"):
-        answers = [said(row["lang"])[name] for row in rows]
-        found[name] = gold_scores(rows, answers) | {"golds": golds(rows, answers)}
-    return found
+    return {name: [said(row["lang"])[name] for row in rows] for name in said("en")}
 
 
 @torch.no_grad()
 def scores(
-    model: Any, first: Any, tokenizer: Any, rows: list[Row], learned: Any = None, seed: int = 2
+    model: Any, first: Any, tokenizer: Any, rows: list[Row], learned: Any = None, kept: int = 12
 ) -> Row:
-    """Of a sampled response to each row: gold scores, KL to `first`, length, reward, a few texts.
+    """Of a sampled response to each row: gold scores, KL to `first`, length, reward; `kept` texts.
 
     KL is k1 per response, of the token ids that were sampled, whether or not they make a text.
     """
     encoded = generate.encode_prompts(rows, model, tokenizer, "auto", TOKENS)
     ends = models.eos_ids(model, tokenizer, "auto")
-    options: Row = {"uniforms": np.random.default_rng(seed).random((len(rows), TOKENS))}
+    options: Row = {"uniforms": np.random.default_rng(2).random((len(rows), TOKENS))}
     options |= {"max_new_tokens": TOKENS, "ends": ends}
     replies = generate.sample(model, [prompt.ids for prompt in encoded], **options)
     examples = [
@@ -259,7 +269,7 @@ def scores(
         rewards = learned([row["prompt"] for row in rows], texts)
         found["test_learned"] = statistics.fmean(rewards)
         found["test_rewards"] = [round(value, 2) for value in rewards]
-    return found | {"texts": texts[:12]}
+    return found | {"texts": texts[:kept]}
 
 
 if __name__ == "__main__":
