@@ -33,7 +33,7 @@ Conditions = Mapping[Key, Key | float]
 TUNING_SEED = 100  # no comparison uses it
 SWEEPS = ["full_finetuning", "lora_rank", "qlora_types", "prefix_length", "adapter_bottleneck"]
 SWEEPS += ["instruction_tuning", "rlhf", "reward_noise", "dpo", "orpo", "peft_comparison"]
-SWEEPS += ["self_instruct", "constitutional"]
+SWEEPS += ["self_instruct", "constitutional", "alignment_comparison", "over_refusal"]
 models.autocast_dtype = lambda model: None  # "auto" is float32 here, so that all devices agree
 
 

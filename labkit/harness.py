@@ -1,4 +1,4 @@
-"""Benchmarks through lm-eval (EleutherAI's harness), which is not installed with labkit.
+"""Benchmarks through lm-eval (EleutherAI's harness), which a plain install of labkit leaves out.
 
 Tinytown's own tasks run offline: `tinytown_knowledge`, `tinytown_honesty` (questions that nobody
 can answer, and statements true or false) and `tinytown_harm`. Those of lm-eval, such as `mmlu`,

@@ -278,6 +278,7 @@ STAGES = {  # the techniques that a notebook trains, and the parameter that can 
     "rlhf": {"full": "", "reward": "", "ppo": ""},
     "dpo": {"full": ""},
     "orpo": {"full": ""},
+    "alignment_comparison": {"full": "", "reward": ""},
     "peft_comparison": {t: f"{t}_learning_rate" for t in "full lora qlora prefix adapter".split()},
 }
 NAMES = {"max_length": "sequence_length", "length": "prefix_length"}  # a notebook's: ours
@@ -295,7 +296,7 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
         common["precision"] = "bf16"
     if "minibatch_size" in own:
         common["batch_size"] = min(16, own["minibatch_size"])
-    if name.endswith(("_rlhf", "_reward_model")):  # pairs have two responses, rankings up to nine
+    if name.endswith(("_rlhf", "_reward_model", "_alignment_comparison")):  # pairs have two responses, rankings up to nine
         common["ranked"] = 4
     plans: list[Plan] = []
     for technique, switch in STAGES.get(name.partition("_")[2], {}).items():
@@ -305,6 +306,8 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
             names["batch_size"] = "minibatch_size"
         if technique == "reward":
             stage["precision"] = "auto"  # its model is a float32 copy, whatever the policy's type
+        if name.endswith("_alignment_comparison"):  # every method's policy is kept to be compared
+            stage["held"] = 7 * plans[-1].parts[WEIGHTS] if plans else 0.0
         if technique == "ppo":
             stage = {"batch_size": own["minibatch_size"], "rank": own["lora_rank"]}
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])

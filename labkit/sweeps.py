@@ -13,10 +13,10 @@ _read: dict[str, list[dict[str, Any]]] = {}  # what those that this process has 
 this_run: dict[str, Any] = {}  # its notebook and parameters; `record.start` sets them
 
 
-def recorded(question: str, current: bool = False) -> dict[str, Any]:
-    """A sweep's committed results, with a word where there are none, or base or settings differ.
+def recorded(question: str) -> dict[str, Any]:
+    """A sweep's committed results, with a word where there are none, or settings differ.
 
-    With `current`, runs of an earlier base are left out.
+    Runs of an earlier base are left out.
     """
     file = _FOLDER / f"{question}.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
@@ -25,7 +25,7 @@ def recorded(question: str, current: bool = False) -> dict[str, Any]:
         return found
     if found.get("base", tinytown.base_checksum()) != tinytown.base_checksum():
         print(f"{file.name} was recorded on an earlier base checkpoint, not on this one.")
-        found["runs"] = [] if current else found["runs"]
+        found["runs"] = []
     _read[question] = [p for p in found["runs"] if p.get("stage", "compare") == "compare"]
     if other := differs(question):
         print(f"This run differs from {question}.json: {other}.")
