@@ -127,6 +127,6 @@ def failures(place: Path, tokenizer: Any, point: Row, requests: Sequence[Row]) -
 if __name__ == "__main__":
     made = {"learning_rate": 1e-4, "beta": 0.1, "strong_beta": 1.0, "passes": 3.0, "batch_size": 16}
     counts = {"test_prompts": 100, "attacks": 300}
-    args = sweep.arguments(__doc__, seeds=5, workers=1, **rlhf.MADE, **made, **counts)
+    args = sweep.arguments(__doc__, workers=1, **rlhf.MADE, **made, **counts)
     conditions = [{"stage": "compare", "arm": arm} for arm in ARMS]
     sweep.over_seeds(partial(measure, file=args.json), conditions, args)
