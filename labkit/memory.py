@@ -296,8 +296,8 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
         common["precision"] = "bf16"
     if "minibatch_size" in own:
         common["batch_size"] = min(16, own["minibatch_size"])
-    if name.endswith(("_rlhf", "_reward_model", "_alignment_comparison")):  # pairs have two responses, rankings up to nine
-        common["ranked"] = 4
+    if name.endswith(("_rlhf", "_reward_model", "_alignment_comparison")):
+        common["ranked"] = 4  # pairs have two responses, rankings up to nine
     plans: list[Plan] = []
     for technique, switch in STAGES.get(name.partition("_")[2], {}).items():
         stage: dict[str, Any] = {}
