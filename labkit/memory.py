@@ -10,6 +10,7 @@ overhead. Numbers are decimal, 1 GB is 10^9 bytes.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import textwrap
@@ -205,6 +206,7 @@ def measured(model: Any) -> Iterator[SimpleNamespace]:
     `peak_bytes` of what it gives, known at the end, is the most that the allocator held at a time.
     On a CPU the profiler slows down what it watches: a few steps are enough.
     """
+    gc.collect()  # what an earlier measurement left would count as freed, and hide part of the peak
     found, before = SimpleNamespace(peak_bytes=0), held(model)
     if next(model.parameters()).device.type == "cuda":
         others = torch.cuda.memory_allocated() - before
@@ -278,7 +280,7 @@ STAGES = {  # the techniques that a notebook trains, and the parameter that can 
     "rlhf": {"full": "", "reward": "", "ppo": ""},
     "dpo": {"full": ""},
     "orpo": {"full": ""},
-    "alignment_comparison": {"full": "", "reward": ""},
+    "alignment_comparison": {"reward": "", "full": ""},
     "peft_comparison": {t: f"{t}_learning_rate" for t in "full lora qlora prefix adapter".split()},
 }
 NAMES = {"max_length": "sequence_length", "length": "prefix_length"}  # a notebook's: ours
@@ -306,8 +308,8 @@ def plan_notebook(name: str, values: Mapping[str, Any]) -> list[Plan]:
             names["batch_size"] = "minibatch_size"
         if technique == "reward":
             stage["precision"] = "auto"  # its model is a float32 copy, whatever the policy's type
-        if name.endswith("_alignment_comparison"):  # every method's policy is kept to be compared
-            stage["held"] = 7 * plans[-1].parts[WEIGHTS] if plans else 0.0
+        if plans and "methods" in own:  # base, SFT and reward model, and the policies before it
+            stage["held"] = (own["methods"].count(",") + 3) * plans[-1].parts[WEIGHTS]
         if technique == "ppo":
             stage = {"batch_size": own["minibatch_size"], "rank": own["lora_rank"]}
             stage["response_share"] = min(1.0, own["max_new_tokens"] / own["sequence_length"])

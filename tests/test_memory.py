@@ -1,5 +1,6 @@
 """The planner: exact counts by hand, and peaks of real steps against the allocator's record."""
 
+import gc
 import json
 from dataclasses import replace
 from functools import cache
@@ -180,6 +181,18 @@ def test_measured_is_the_allocators_peak():
         del kept
         torch.empty(750_000)
     assert found.peak_bytes == 40_400 + 6_000_000
+
+
+def test_measured_does_not_count_what_an_earlier_one_left_as_freed():
+    model = nn.Linear(10, 10, bias=False)
+    with memory.measured(model):
+        left = [torch.zeros(1000, 1000)]
+        left.append(left)  # a cycle, as trainers leave them
+    del left
+    with memory.measured(model) as found:
+        gc.collect()
+        torch.zeros(1000, 1000)
+    assert found.peak_bytes == memory.held(model) + 4_000_000
 
 
 def test_advice(monkeypatch):
