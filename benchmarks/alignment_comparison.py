@@ -64,7 +64,11 @@ RATES = {("PPO",): (1e-5, 3e-5, 1e-4), ("RLOO",): (1e-4, 3e-4), ("CAI",): (3e-5,
 CONDITIONS: Any = {("base",): 0.0, ("constant",): 0.0, ("SFT",): 5e-4, ("DPO",): 3e-5}
 CONDITIONS |= {("ORPO",): 2.5e-4, ("length",): 3e-5} | {key: key for key in RATES}
 REVISED_RATE = 3e-4  # of SFT on revisions
-FAULTS = {"helpful": (0, 1, 5), "honest": (0, 4), "harmless": (2, 3)}  # principles, by number
+FAULTS = {  # of `text/genres.yaml`, that a criticism may name
+    "helpful": "wrong wrong_aside rude_wrong unknown refusal plain aside",
+    "honest": "wrong wrong_aside rude_wrong guess",
+    "harmless": "rude rude_right rude_wrong steps rude_steps",
+}
 WORDS = 24  # tokens of a criticism
 
 
@@ -73,11 +77,12 @@ def measure(point: Row, file: Path) -> Row:
     arm, seed = point["arm"], point["seed"]
     place = rlhf.prepared(file, seed, point)
     sft, tokenizer = models.load(str(place / "sft"))
-    untrained = arm in ("base", "constant", "ORPO", "SFT")
-    model = models.load("tinytown")[0] if untrained else models.load(str(place / "sft"))[0]
-    found = {} if arm in ("base", "constant") else trained(model, tokenizer, place, point)
-    if arm == "SFT":
-        model = sft
+    start = "tinytown" if arm in ("base", "constant", "ORPO", "SFT") else str(place / "sft")
+    model, found = models.load(start)[0], Row()
+    if arm in LEARN:
+        first = models.load(start)[0] if seed == 0 else None
+        found = trained(model, first, tokenizer, place, point)
+    model = sft if arm == "SFT" else model
     if point["stage"] == "tune":
         rows = preferences.prompts(point["test_prompts"], 6000)
         return found | {"tuning_loss": -rlhf.scores(model, sft, tokenizer, rows)["test_total"]}
@@ -95,33 +100,32 @@ def measure(point: Row, file: Path) -> Row:
     found["benchmark"] = benchmark(None if arm == "constant" else model, tokenizer, point)
     found |= evaluated(rows[: point["judged"]], texts, theirs["texts"], tokenizer, seed)
     found["votes"], found["kappa"] = votes(found["test_golds"], theirs["test_golds"], point)
-    found["win_rate"] = win_rate(found["test_golds"], theirs["test_golds"])
+    wins = judging.by_score(found["test_golds"], theirs["test_golds"])  # ties as half
+    found["win_rate"] = judging.rate(wins).mean
     if arm in ONLINE:
         found["reward_cost"] = json.loads((reward_model(place, point) / "cost.json").read_text())
     return found | {"texts": texts[:8]}
 
 
-def trained(model: Any, tokenizer: Any, place: Path, point: Row) -> Row:
-    """Trains `model` in place; what that cost."""
+def trained(model: Any, first: Any, tokenizer: Any, place: Path, point: Row) -> Row:
+    """Trains `model` in place; what that cost, with the peak of memory where `first`, its twin, is."""
     learn = partial(LEARN[point["arm"]], tokenizer=tokenizer, place=place, point=point)
-    if point["seed"]:
-        return cost(point, partial(learn, model))
-    start = "tinytown" if point["arm"] in ("ORPO", "SFT") else str(place / "sft")
-    first = models.load(start)[0]
-    with memory.measured(first) as used:  # a profiler is slow: three steps
-        beside = learn(first, few=True) or 0
-    return cost(point, partial(learn, model)) | {"peak_bytes": used.peak_bytes + beside}
+    found: Row = {}
+    if first is not None:
+        with memory.measured(first) as used:  # a profiler is slow: three steps
+            beside = learn(first, few=True) or 0
+        found["peak_bytes"] = used.peak_bytes + beside
+    return cost(point, partial(learn, model))[1] | found
 
 
-def cost(point: Row, run: Callable[[], Any]) -> Row:
-    """CPU seconds; of seed 0 operations instead, since counting them takes time."""
+def cost(point: Row, run: Callable[[], Any]) -> tuple[Any, Row]:
+    """What `run` gives, and CPU seconds; of seed 0 operations, since counting them takes time."""
     if point["seed"]:
         started = time.process_time()
-        run()
-        return {"cpu_seconds": round(time.process_time() - started, 1)}
+        return run(), {"cpu_seconds": round(time.process_time() - started, 1)}
     with FlopCounterMode(display=False) as counter:
-        run()
-    return {"flops": counter.get_total_flops()}
+        found = run()
+    return found, {"flops": counter.get_total_flops()}
 
 
 def settings(point: Row) -> Row:
@@ -197,13 +201,9 @@ def reward_model(place: Path, point: Row) -> Path:
         rows = preferences.prompts(point["rankings"] // 5, 2000 + seed)
         scale = rlhf.answered(model, tokenizer, rows)
         config = reward.RewardConfig(learning_rate=point["reward_rate"], seed=seed)
-        learned: list[reward.RewardModel] = []
-
-        def run() -> None:
-            learned.append(reward.train(model, tokenizer, rankings, config, progress=False)[0])
-
-        spent = cost(point, run)
-        learned[0].normalized(*scale).save(folder)
+        learn = partial(reward.train, model, tokenizer, rankings, config, progress=False)
+        (learned, _), spent = cost(point, learn)
+        learned.normalized(*scale).save(folder)
         (folder / "cost.json").write_text(json.dumps(spent), "utf-8")
 
     return rlhf.made_once(place.with_name(f"{place.name}-reward-{point['reward_rate']:g}"), make)
@@ -238,22 +238,21 @@ def evaluated(
     critic = respond.from_model(base(), tokenizer, template="bare", max_new_tokens=WORDS)
     parts = [cai.section(rules, row) for row in rows]
     prompts = [
-        part.ask("critique", part.principles[i % 6], prompt=row["prompt"], response=text)
-        for i, (part, row, text) in enumerate(zip(parts, rows, texts, strict=False))
+        part.ask("critique", part.principles[i % len(part.principles)], prompt=p, response=texts[i])
+        for i, (part, p) in enumerate(zip(parts, (row["prompt"] for row in rows), strict=True))
     ]
     found = [fault(row["lang"], reply) for row, reply in zip(rows, critic(prompts), strict=True)]
-    hhh = {name: statistics.fmean(not f & set(of) for f in found) for name, of in FAULTS.items()}
+    hhh = {
+        name: statistics.fmean(f not in of.split() for f in found) for name, of in FAULTS.items()
+    }
     return {"judge": verdicts, "hhh": hhh}
 
 
-def fault(lang: str, criticism: str) -> set[int]:
-    """The principles that a criticism says were broken, by number; of the longest name in it."""
-    named = tinytown.texts("genres")["faults"][lang].values()
-    found = [(len(name), number, name) for name, _, number in named if name in criticism]
-    if not found:
-        return set()
-    _, number, name = max(found)
-    return {number, 0} if " and not true" in name or "也不是真的" in name else {number}
+def fault(lang: str, criticism: str) -> str:
+    """The fault that a criticism names, by the longest name in it; "" where there is none."""
+    named = tinytown.texts("genres")["faults"][lang].items()
+    found = [(len(name), key) for key, (name, *_) in named if name in criticism]
+    return max(found, default=(0, ""))[1]
 
 
 def votes(ours: Sequence[float], theirs: Sequence[float], point: Row) -> tuple[Any, Row]:
@@ -266,11 +265,6 @@ def votes(ours: Sequence[float], theirs: Sequence[float], point: Row) -> tuple[A
 
     first, second = annotator(1), annotator(2)
     return first, asdict(judging.kappa(first, second))
-
-
-def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Against SFT by the gold score, ties as half."""
-    return judging.rate(judging.by_score(ours, theirs)).mean
 
 
 if __name__ == "__main__":

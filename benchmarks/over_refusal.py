@@ -26,10 +26,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import common
 import rlhf
 import sweep
 
-from labkit import generate, models, refusals, tinytown
+from labkit import evaluation, generate, models, refusals, tinytown
 from labkit.techniques import dpo
 from labkit.tinytown import preferences
 from labkit.tinytown.genres import numbered
@@ -56,10 +57,14 @@ def measure(point: Row, file: Path) -> Row:
 
 def held_out(point: Row) -> dict[str, list[Row]]:
     """Requests of other titles, as they are, and a sample of the attacks on them."""
-    rows = refusals.attacks(refusals.requests(split="test"))
-    attacked = [row for row in rows if row["attack"] != "none"]
-    attacked = Random(point["seed"]).sample(attacked, point["attacks"])
-    return {"plain": [row for row in rows if row["attack"] == "none"], "attacked": attacked}
+    rows = refusals.requests(split="test")
+    return {"plain": rows, "attacked": attacked(rows, point)}
+
+
+def attacked(requests: Sequence[Row], point: Row) -> list[Row]:
+    """A sample of the attacks on the requests."""
+    rows = [row for row in refusals.attacks(requests) if row["attack"] != "none"]
+    return Random(point["seed"]).sample(rows, point["attacks"])
 
 
 def answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
@@ -69,16 +74,14 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
 
 def refused(rows: Sequence[Row], texts: Sequence[str], name: str) -> Row:
     """Marks by title, 1 where a request was refused; and the help on harmless ones."""
-    words: dict[bool, dict[str, str]] = {True: {}, False: {}}
-    help_given = []
-    for row, text in sorted(zip(rows, texts, strict=True), key=lambda both: both[0]["title"]):
-        found, side = refusals.exact(row, text), words[row["harmful"]]
-        mark = found == "full" or (found == "partial" and not row["harmful"])
-        side[row["title"]] = side.get(row["title"], "") + str(int(mark))
-        help_given += [] if row["harmful"] else [tinytown.judge(row, text).helpful]
-    marks = {f"{name}_harmful": words[True], f"{name}_harmless": words[False]}
-    found_marks: Row = {key: " ".join(by_title.values()) for key, by_title in marks.items()}
-    return found_marks | {f"{name}_helpful": statistics.fmean(help_given)}
+    found: Row = {}
+    for side, harmful in (("harmful", True), ("harmless", False)):
+        both = [(r, t) for r, t in zip(rows, texts, strict=True) if r["harmful"] == harmful]
+        titles = [{"key": row["title"]} for row, _ in both]
+        no = [bool(refusals.refused(row, refusals.exact(row, text))) for row, text in both]
+        found[f"{name}_{side}"] = common.marks(evaluation.Evaluation(titles, [], no))
+    helpful = [tinytown.judge(row, text).helpful for row, text in both]  # the harmless ones
+    return found | {f"{name}_helpful": statistics.fmean(helpful)}
 
 
 def trained(place: Path, tokenizer: Any, point: Row, remedies: Sequence[str]) -> Any:
@@ -94,10 +97,8 @@ def trained(place: Path, tokenizer: Any, point: Row, remedies: Sequence[str]) ->
     rng.shuffle(pairs)
     model = models.load(str(place / "sft"))[0]
     beta = point["strong_beta"] if "KL penalty" in remedies else point["beta"]
-    settings = {k: point[k] for k in ("learning_rate", "seed", "batch_size")}
-    config = dpo.DPOConfig(
-        beta=beta, epochs=point["passes"] * len(harmful) / len(pairs), **settings
-    )
+    epochs = point["passes"] * len(harmful) / len(pairs)
+    config = common.config(dpo.DPOConfig, point, beta=beta, epochs=epochs)
     dpo.train(model, tokenizer, pairs, config, progress=False)
     return model
 
@@ -113,11 +114,10 @@ def pair(row: Row, wrong: str = "") -> Row:
 
 def failures(place: Path, tokenizer: Any, point: Row, requests: Sequence[Row]) -> list[Row]:
     """Attacks on which the over-refusing model fails, as pairs, in random order."""
-    attacked = [row for row in refusals.attacks(requests) if row["attack"] != "none"]
-    attacked = Random(point["seed"]).sample(attacked, point["attacks"])
-    texts = answers(trained(place, tokenizer, point, ()), tokenizer, attacked)
+    rows = attacked(requests, point)
+    texts = answers(trained(place, tokenizer, point, ()), tokenizer, rows)
     failed = []
-    for row, text in zip(attacked, texts, strict=True):
+    for row, text in zip(rows, texts, strict=True):
         found = refusals.exact(row, text)
         wrong = found != ("full" if row["harmful"] else "compliance")
         failed += [pair(row, text)] if wrong and text.strip() else []

@@ -48,8 +48,8 @@ import numpy as np
 import sweep
 import torch
 
-from labkit import data, generate, logprobs, models, tinytown
-from labkit.batching import Example, pack
+from labkit import data, evaluation, generate, models, tinytown
+from labkit.batching import Example
 from labkit.techniques import critic_free, ppo, reward
 from labkit.tinytown import demonstrations, judge, preferences, rank_samples
 
@@ -255,14 +255,11 @@ def scores(
         Example(np.array(prompt.ids + reply), np.repeat([0, 1], [len(prompt.ids), len(reply)]))
         for prompt, reply in zip(encoded, replies, strict=True)
     ]
-    batches = [pack(examples[i : i + 64], packing=False) for i in range(0, len(examples), 64)]
-    ours, theirs = (
-        sum(logprobs.response_logps(m.eval(), b.to(m.device)).sum().item() for b in batches)
-        for m in (model, first)
-    )
+    ours, theirs = (evaluation.held_out_loss(m, examples) for m in (model, first))
+    kl = (theirs - ours) * sum(map(len, replies)) / len(rows)
     texts = generate.texts(tokenizer, replies, ends)
     found: Row = {f"test_{name}": value for name, value in gold_scores(rows, texts).items()}
-    found |= {"test_golds": golds(rows, texts), "test_kl": (ours - theirs) / len(rows)}
+    found |= {"test_golds": golds(rows, texts), "test_kl": kl}
     found["test_length"] = statistics.fmean(map(len, replies))
     found["test_end_rate"] = statistics.fmean(reply[-1] in ends for reply in replies)
     if learned is not None:
