@@ -50,18 +50,22 @@ def available() -> list[SimpleNamespace]:
 
 
 def find(name: str) -> Path:
-    """The notebook called `name`: `02_lora`, `lora`, `02`, or a path to an .ipynb file."""
+    """The one called `name`: `02_lora`, `lora`, `02`, how it begins, or a path to an .ipynb file.
+
+    Raises ValueError where none or several are called so.
+    """
     if name.endswith(".ipynb") and Path(name).is_file():
         return Path(name)
     paths = sorted(folder().glob("[0-9]*.ipynb"))
-    known = {n.lower(): p for p in paths for n in (*p.stem.split("_", 1), p.stem)}
+    names = {path: (path.stem.lower(), *path.stem.lower().split("_", 1)) for path in paths}
     wanted = Path(name).stem.lower().replace("-", "_")
     wanted = wanted.zfill(2) if wanted.isdigit() else wanted
-    if wanted not in known:
-        raise ValueError(
-            f"no notebook is called {name!r}; there are {', '.join(p.stem for p in paths)}"
-        )
-    return known[wanted]
+    found = [p for p in paths if wanted in names[p]]
+    found = found or [p for p in paths if names[p][-1].startswith(wanted)]
+    if len(found) != 1:
+        fault, which = ("several notebooks are", found) if found else ("no notebook is", paths)
+        raise ValueError(f"{fault} called {name!r}; there are {', '.join(p.stem for p in which)}")
+    return found[0]
 
 
 def parameters_cell(path: Path) -> str:

@@ -110,3 +110,16 @@ def test_profiles_hold_good_values_of_parameters_that_exist():
             notebooks.validate(yaml.safe_load(file.read_text("utf-8")), path)
     for file in params.glob("*.yaml"):
         assert set(yaml.safe_load(file.read_text("utf-8"))) <= known, file.name
+
+
+@pytest.mark.parametrize("path", [*PATHS, ROOT / "README.md"], ids=lambda path: path.stem)
+def test_commands_to_copy_name_notebooks_and_parameters_that_exist(path):
+    text = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells)
+    text = text.replace("\\\n", " ")
+    for name, options in re.findall(r"labkit (?:run|show) ([a-z0-9][\w.]*)(.*)", text):
+        called = notebooks.find(name)
+        given = set(re.findall(r"-p (\w+)", options))
+        known = {*notebooks.parameters(called), *notebooks.renamed(called)}
+        assert given <= known, (name, given - known)

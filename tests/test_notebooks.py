@@ -43,7 +43,7 @@ def library(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["02_lora", "lora", "02", "LoRA", "02_lora.ipynb"])
+@pytest.mark.parametrize("name", ["02_lora", "lora", "02", "LoRA", "02_lora.ipynb", "lo"])
 def test_names_are_found_by_number_name_or_both(library, name):
     assert notebooks.find(name) == library / "02_lora.ipynb"
 
@@ -54,6 +54,10 @@ def test_listing_reads_title_and_cost_and_an_unknown_name_is_refused(library, mo
     assert (found[1].title, found[1].seconds_cpu, found[1].claims) == ("LoRA", 60, [5])
     with pytest.raises(ValueError, match="02_lora"):
         notebooks.find("lroa")
+    save(library / "06_instruments.ipynb")
+    for several in ("06", "instru"):
+        with pytest.raises(ValueError, match="06_instruction_tuning, 06_instruments"):
+            notebooks.find(several)
     monkeypatch.setenv("LABKIT_NOTEBOOKS", str(library / "none"))
     with pytest.raises(FileNotFoundError, match="none"):
         notebooks.available()
