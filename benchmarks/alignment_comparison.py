@@ -91,7 +91,7 @@ def measure(point: Row, file: Path) -> Row:
     learned = reward.RewardModel.load(reward_model(place, point), str(model.device))
     if arm == "constant":
         texts = rlhf.constant_answers(rows)["refusal with an offer"]
-        found |= {f"test_{name}": value for name, value in rlhf.gold_scores(rows, texts).items()}
+        found |= {f"test_{name}": value for name, value in tinytown.scores(rows, texts).items()}
         rewards = learned([row["prompt"] for row in rows], texts)
         found |= {"test_learned": statistics.fmean(rewards), "test_golds": rlhf.golds(rows, texts)}
     else:

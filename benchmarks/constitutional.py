@@ -125,7 +125,7 @@ def measure(point: Row, file: Path) -> Row:
         return {"tuning_loss": -statistics.fmean(scores(model, tokenizer, rows)["totals"])}
     rows = preferences.prompts(point["test_prompts"], seed=5 + point["seed"], split="test")
     if point["arm"] == "helpful-only":
-        constants = {k: {n: v[n] for n in rlhf.PARTS} for k, v in rlhf.constants(rows).items()}
+        constants = {k: {n: v[n] for n in tinytown.PARTS} for k, v in rlhf.constants(rows).items()}
         found = {"constants": constants, "revisions": revisions(made), "sft": made["sft"]}
     return found | scores(model, tokenizer, rows)
 

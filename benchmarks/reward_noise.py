@@ -25,12 +25,11 @@ import common
 import sweep
 import torch
 
-from labkit import data, logprobs, models
+from labkit import data, logprobs, models, tinytown
 from labkit.batching import pack
 from labkit.evaluation import Agreement
 from labkit.techniques import reward
 from labkit.tinytown import preferences, rank_samples, rankings
-from labkit.tinytown.tasks import OWN_FORM, in_own_form
 
 SIZES, NOISES, TUNED = (2, 4, 9), (0.0, 0.1, 0.2, 0.4), 0.1
 LEARNING_RATES = {(k, TUNED): (5e-4, 1e-3) for k in SIZES}
@@ -87,9 +86,8 @@ def held_out(n: int, seed: int, tuning: bool = False) -> list[sweep.Row]:
 def baseline(point: sweep.Row) -> sweep.Row:
     model, tokenizer = models.load(point["base"])
     rows = held_out(point["test_rows"], point["seed"])
-    forms = [{"own_form": OWN_FORM[row["lang"]].format(row["prompt"])} | row for row in rows]
     behind_chat = agreement(rows, likelihoods(model, tokenizer, rows, "auto"))
-    own = agreement(rows, likelihoods(model, tokenizer, in_own_form(forms), "bare"))
+    own = agreement(rows, likelihoods(model, tokenizer, tinytown.in_own_form(rows), "bare"))
     short = agreement(rows, [-len(text) for row in rows for text in row["responses"]])
     found = common.agreement(behind_chat)
     for name, scored in {"accuracy": behind_chat, "accuracy_own": own, "shorter": short}.items():

@@ -64,7 +64,6 @@ CONDITIONS: Any = {("base", 0.0): 0.0, ("SFT", 0.0): 0.0}
 CONDITIONS |= {("full", beta): FULL for beta in BETAS} | {key: key for key in RATES}
 CONDITIONS |= {("gold", 0.2): FULL, ("no reward model", 0.2): FULL, ("no SFT", 0.2): WITHOUT}
 CURVES = ("reward", "length", "entropy", "end_rate", "explained_variance", "clip_fraction")
-PARTS = ("helpful", "honest", "harmless", "total")
 TOKENS, PENALTY = 48, 1.0  # of a response at most; for one that did not end
 
 
@@ -170,7 +169,9 @@ def measure(point: Row, file: Path) -> Row:
         return found | {"tuning_loss": cost - after["test_learned"]}
     rows = preferences.prompts(point["test_prompts"], 5, "test")
     before, after = (scored(each, rows=rows) for each in (first, model))
-    found |= {f"start_{name}": before[f"test_{name}"] for name in (*PARTS, "learned", "length")}
+    found |= {
+        f"start_{name}": before[f"test_{name}"] for name in (*tinytown.PARTS, "learned", "length")
+    }
     tuned = before if start == sft else scored(models.load(sft)[0], rows=rows)
     found["sft_gold"] = tuned["test_total"]
     found |= {"constants": constants(rows)} if arm == "SFT" else {}
@@ -193,7 +194,7 @@ def trained(model: Any, tokenizer: Any, learned: Any, target: Any, point: Row) -
         entry |= {"kl": metrics["kl_k1"], "learned": metrics["reward"]}
         if target is not learned:
             entry["learned"] = statistics.fmean(learned(rollout.prompts, rollout.responses))
-        entry |= gold_scores(rollout.rows, rollout.responses)
+        entry |= tinytown.scores(rollout.rows, rollout.responses)
         history.append({name: round(value, 4) for name, value in entry.items()})
 
     config = common.config(ppo.PPOConfig, point, **given)
@@ -206,11 +207,6 @@ def gold_reward(prompts: list, responses: list[str], rows: list[Row]) -> list[fl
     return [2 * judge(row, text).total for row, text in zip(rows, responses, strict=True)]
 
 
-def gold_scores(rows: Sequence[Row], responses: Sequence[str]) -> dict[str, float]:
-    verdicts = [judge(row, text) for row, text in zip(rows, responses, strict=True)]
-    return {name: statistics.fmean(getattr(v, name) for v in verdicts) for name in PARTS}
-
-
 def golds(rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
     """The judge's totals, one by one."""
     return [round(judge(row, text).total, 2) for row, text in zip(rows, responses, strict=True)]
@@ -220,7 +216,7 @@ def constants(rows: Sequence[Row]) -> Row:
     """Gold scores of answers that never change."""
     said = constant_answers(rows)
     return {
-        n: gold_scores(rows, texts) | {"golds": golds(rows, texts)} for n, texts in said.items()
+        n: tinytown.scores(rows, texts) | {"golds": golds(rows, texts)} for n, texts in said.items()
     }
 
 
@@ -258,7 +254,7 @@ def scores(
     ours, theirs = (evaluation.held_out_loss(m, examples) for m in (model, first))
     kl = (theirs - ours) * sum(map(len, replies)) / len(rows)
     texts = generate.texts(tokenizer, replies, ends)
-    found: Row = {f"test_{name}": value for name, value in gold_scores(rows, texts).items()}
+    found: Row = {f"test_{name}": value for name, value in tinytown.scores(rows, texts).items()}
     found |= {"test_golds": golds(rows, texts), "test_kl": kl}
     found["test_length"] = statistics.fmean(map(len, replies))
     found["test_end_rate"] = statistics.fmean(reply[-1] in ends for reply in replies)

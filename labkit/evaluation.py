@@ -162,9 +162,39 @@ def held_out_loss(model: Any, examples: Sequence[Example], batch_size: int = 32)
     return mean_loss(model, examples, nll, partial(pack, packing=False), batch_size)
 
 
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; f"{found:.0%}" shows both."""
+
+    mean: float
+    std: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.mean:{form}} ± {self.std:{form.replace('+', '')}}"
+
+
+def mean_std(values: Sequence[float]) -> Spread:
     """Mean and sample standard deviation (n − 1); the deviation of one value is 0."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+class Runs(list[dict[str, Any]]):
+    """Runs of a recorded sweep; of one condition, one for each seed."""
+
+    def where(self, **condition: Any) -> Runs:
+        """Those with these values, in the order of their seeds."""
+        found = (run for run in self if condition.items() <= run.items())
+        return Runs(sorted(found, key=lambda run: run["seed"]))
+
+    def of(self, result: str) -> list[Any]:
+        """A result of each run that has it: a number, or a number per question."""
+        return [run[result] for run in self if result in run]
+
+    def spread(self, result: str) -> Spread:
+        """Of a result over seeds, of one per question the means. Raises where no run has it."""
+        return mean_std([float(np.mean(values)) for values in self.of(result)])
+
+    def mean(self, result: str) -> float:
+        return self.spread(result).mean
 
 
 class Interval(NamedTuple):

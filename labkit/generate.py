@@ -158,11 +158,9 @@ def generate(
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
     ids, capacity = _tokens(tokenizer, prompts), _capacity(model, max_new_tokens)
-    if cut := sum(len(prompt) > capacity for prompt in ids):
-        log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    ids, options["batch_size"] = [prompt[-capacity:] for prompt in ids], batch_size
-    return _sample_texts(model, tokenizer, ids, "auto", seed, options)
+    options["batch_size"] = batch_size
+    return _sample_texts(model, tokenizer, _shortened(ids, capacity), "auto", seed, options)
 
 
 def _sample_texts(
@@ -178,6 +176,13 @@ def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     if [] in ids:
         raise ValueError(f"prompts: prompt {ids.index([]) + 1}: expected a token or more, got none")
     return ids
+
+
+def _shortened(ids: list[list[int]], capacity: int) -> list[list[int]]:
+    """Without the beginnings for which there is no room; a warning says of how many."""
+    if cut := sum(len(prompt) > capacity for prompt in ids):
+        log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
+    return [prompt[-capacity:] for prompt in ids]
 
 
 def _capacity(model: Any, max_new_tokens: int) -> int:
@@ -204,11 +209,13 @@ def encode_prompts(
     tokenizer: Any,
     template: str,
     max_new_tokens: int,
+    cut: bool = False,
 ) -> list[Prompt]:
     """Texts, or rows with `prompt` or `messages`, in their template; `Prompt`s stay as they are.
 
     Raises ValueError, with its number, for a prompt of another kind, one without a token, and
-    one that leaves less than `max_new_tokens` of the model's context to a response.
+    one that leaves less than `max_new_tokens` of the model's context to a response, unless `cut`:
+    then it loses its beginning, with a warning.
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
@@ -222,6 +229,7 @@ def encode_prompts(
     asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
     rendered = [text for text, _ in map(templates.renderer(tokenizer, template), asked)]
     ids, capacity = _tokens(tokenizer, rendered), _capacity(model, max_new_tokens)
+    ids = _shortened(ids, capacity) if cut else ids
     for number, tokens in enumerate(ids, 1):
         if len(tokens) > capacity:
             expected = f"expected at most {capacity} tokens (context less max_new_tokens)"

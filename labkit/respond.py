@@ -63,17 +63,18 @@ def from_model(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
+    cut: bool = False,
 ) -> Responder:
     """Responses sampled here. Random numbers are a prompt's own, so its batch does not matter.
 
-    Raises ValueError, see `generate.encode_prompts`.
+    `cut`: a prompt too long for the context loses its beginning, where examples stand. Raises
+    ValueError, see `generate.encode_prompts`.
     """
 
     def ask(asks: list[Ask]) -> Found:
+        limits = {"template": template, "max_new_tokens": max_new_tokens, "cut": cut}
         prompts = [prompt for prompt, _ in asks]
-        encoded = (
-            encode_prompts(prompts, model, tokenizer, template, max_new_tokens) if asks else []
-        )
+        encoded = encode_prompts(prompts, model, tokenizer, **limits) if asks else []
         ends = eos_ids(model, tokenizer, template)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         order = sorted(range(len(asks)), key=lambda i: len(encoded[i].ids))

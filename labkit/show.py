@@ -96,6 +96,13 @@ class SideBySide(Table):
         return "\n\n".join("\n".join(map(str.__add__, names, row)) for row in self.cells())
 
 
+def outcomes(rows: Iterable[tuple[str, object, object]]) -> Table:
+    """What was predicted, what was measured, and whether that keeps the prediction."""
+    names = ("predicted", "measured", "")
+    words = ((said, found, "kept" if kept else "broken") for said, found, kept in rows)
+    return Table([dict(zip(names, row, strict=True)) for row in words])
+
+
 def side_by_side(
     rows: list[Row],
     before: Sequence[str],

@@ -274,3 +274,14 @@ def test_no_mean_over_seeds_decides_on_noise(threshold):
     rng = np.random.default_rng(3)
     found = [evaluation.t_interval(threshold + rng.normal(size=3)) for _ in range(100)]
     assert [evaluation.decide(each, threshold) for each in found].count("undecided") >= 88
+
+
+def test_runs_of_a_sweep_are_chosen_by_condition_and_ordered_by_seed():
+    rows = [{"arm": a, "seed": s, "score": a + s, "right": [0, s]} for s in (2, 0) for a in (1, 5)]
+    runs = evaluation.Runs([*rows, {"arm": 1, "seed": 1}])
+    assert runs.where(arm=5).of("score") == [5, 7]
+    assert runs.where(arm=1).of("score") == [1, 3]  # one has no score
+    assert runs.where(arm=5).spread("right") == evaluation.mean_std([0.0, 1.0])
+    assert f"{runs.where(arm=5).spread('score'):+.1f}" == "+6.0 ± 1.4"
+    with pytest.raises(statistics.StatisticsError):
+        runs.where(arm=7).mean("score")

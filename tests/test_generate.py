@@ -9,6 +9,7 @@ from torch import nn
 
 from labkit import generate as generation
 from labkit.generate import encode_prompts, generate, invert, responses, sample
+from labkit.respond import from_model
 from labkit.techniques import lora
 
 LONG, SHORT = [5, 9, 33, 47, 120, 7, 8, 15], [40, 41]
@@ -184,6 +185,10 @@ def test_prompts_longer_than_the_context_lose_their_beginning(tiny_model, tiny_t
         got = generate(model, tiny_tokenizer, [long, "Mila"], max_new_tokens=4)
     assert "1 of 2" in caplog.text
     assert got[0] == generate(model, tiny_tokenizer, [kept], max_new_tokens=4)[0]
+    ask = dict(template="bare", max_new_tokens=4)
+    assert from_model(model, tiny_tokenizer, cut=True, **ask)([long, "Mila"]) == got
+    with pytest.raises(ValueError, match="prompt 1"):
+        from_model(model, tiny_tokenizer, **ask)([long, "Mila"])
 
 
 @pytest.mark.parametrize(

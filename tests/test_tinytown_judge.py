@@ -4,10 +4,10 @@ import statistics
 
 import pytest
 
-from labkit.tinytown import judge, preferences, texts, world
+from labkit.tinytown import judge, marked, preferences, scores, texts, world
 from labkit.tinytown.judge import false_claims, refuses
 from labkit.tinytown.preferences import red_team, unknowable
-from labkit.tinytown.tasks import instruction_rows
+from labkit.tinytown.tasks import OWN_FORM, in_own_form, instruction_rows
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +130,23 @@ def test_wrong_shares_and_splits_are_refused():
         preferences.rank_samples(preferences.prompts(10), [["a", "b"]] * 10, 0.9)
     with pytest.raises(ValueError, match="split"):
         red_team("dev")
+
+
+def test_means_and_marks_of_several_responses(fact_row):
+    rows, right = [fact_row] * 2, fact_row["completion"]
+    insult = texts("genres")["rude"]["en"][0]
+    assert marked(rows, [right, insult]) == [f"✓ {right}", f"✗‼ {insult}"]
+    verdicts = [judge(fact_row, text) for text in (right, insult)]
+    means = scores(rows, [right, insult])
+    assert means["harmless"] == 0.75 and means["helpful"] == 0.5
+    assert means["total"] == statistics.fmean(v.total for v in verdicts)
+
+
+def test_what_follows_the_answer_in_the_bases_own_form_does_not_count():
+    """A prompt without a form of its own is asked as the forum writes questions."""
+    rows = [*preferences.prompts(40, seed=3), *unknowable(3)]
+    for row, own in zip(rows, in_own_form(rows), strict=True):
+        form = row.get("own_form") or OWN_FORM[row["lang"]].format(row["prompt"])
+        assert own["prompt"] == own["own_form"] == form
+        went_on = f" {row['completion']}\n{OWN_FORM[row['lang']].format('?')} No, you fool."
+        assert judge(own, went_on).total == 1.0 and judge(row, went_on).total < 1.0

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from .corpus import documents, genre_samples
-from .judge import Verdict, judge
+from .judge import PARTS, Verdict, judge, marked, scores
 from .preferences import (
     demonstrations,
     helpful_only,

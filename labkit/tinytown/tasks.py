@@ -257,10 +257,17 @@ def in_own_form(rows: Sequence[Row]) -> list[Row]:
     The fair baseline: behind the tokens of a chat, which it has never seen, the base can answer
     nothing. What it writes after the answer (the next question) does not count against it.
     """
+    forms = (row.get("own_form") or OWN_FORM[row["lang"]].format(row["prompt"]) for row in rows)
     return [
-        row | {"prompt": row["own_form"], "instruction": row["own_form"], "input": ""}
-        for row in rows
+        row | {"prompt": form, "instruction": form, "input": "", "own_form": form}
+        for row, form in zip(rows, forms, strict=True)
     ]
+
+
+def answer_in_own_form(row: Row, response: str) -> str:
+    """Up to the next question, where `row` is one of `in_own_form`; else all of the response."""
+    own = row.get("own_form") == row["prompt"]
+    return re.split(r"\n(?:Q:|问：)", response)[0].strip() if own else response
 
 
 def normalize(text: str) -> str:
@@ -271,8 +278,7 @@ def normalize(text: str) -> str:
 
 def check(row: Row, response: str) -> bool:
     """Whether the whole `response` solves the task of `row` (exact; no partial credit)."""
-    if "own_form" in row and row["prompt"] == row["own_form"]:
-        response = re.split(r"\n(?:Q:|问：)", response)[0]
+    response = answer_in_own_form(row, response)
     if row["task"] == "story":
         return _is_story(row, response)
     accepted = set(map(normalize, row["accept"]))
