@@ -34,7 +34,7 @@ LAYERS = [
         "checkpoints",
         "progress",
     },
-    {"training", "evaluation", "report", "dashboard", "spectra", "doctor", "widgets"},
+    {"training", "evaluation", "lab", "report", "dashboard", "spectra", "doctor", "widgets"},
     {"judging", "refusals", "rating", "harness"},
     {"techniques"},
     {"simulation"},

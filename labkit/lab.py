@@ -1,0 +1,60 @@
+"""What the notebooks on fine-tuning repeat: a training that is timed, scores of several models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from . import evaluation, tinytown
+from .record import Run
+from .show import Table
+from .templates import Row
+from .training import TrainConfig, TrainResult, fit, sft_loss
+
+
+def tune(run: Run, network: Any, examples: Any, main: bool = False, **config: Any) -> TrainResult:
+    """SFT of what trains in `network`, by `TrainConfig`'s fields; the run has the time it took.
+
+    The `main` training of a notebook is logged, and has its checkpoints in the run's folder.
+    """
+    log, place = (run.log, run.path("checkpoints")) if main else (None, None)
+    with run.timed("training"):
+        return fit(network, examples, sft_loss, TrainConfig(**config), log=log, output_dir=place)
+
+
+class Scores:
+    """Accuracies of models on the same questions, and their loss (nats per response token).
+
+    `asked` names sets of rows; `test` is the first in encoded form. `of` has the numbers of each
+    model, which are the run's metrics too, and `answers` its marked responses to the first set.
+    """
+
+    def __init__(
+        self, run: Run, tokenizer: Any, asked: Mapping[str, list[Row]], test: Any, template: str
+    ) -> None:
+        self.run, self.tokenizer, self.template = run, tokenizer, template
+        self.asked, self.test = asked, test
+        self.of: dict[str, dict[str, float]] = {}
+        self.answers: dict[str, list[str]] = {}
+
+    def add(self, name: str, network: Any, own_form: bool = False) -> None:
+        """Scores a model; `own_form`: asked as Tinytown's base knows questions, without the loss."""
+        template, found = "bare" if own_form else self.template, dict[str, float]()
+        with self.run.timed("evaluation"):
+            if not own_form:
+                found["loss"] = evaluation.held_out_loss(network, self.test)
+            for key, rows in self.asked.items():
+                rows = tinytown.in_own_form(rows) if own_form else rows
+                exact = evaluation.exact(network, self.tokenizer, rows, template=template)
+                found[key] = exact.accuracy
+                self.answers.setdefault(name, exact.marked)
+        self.of[name], short = found, re.sub(r"\W+", "_", name.replace(" = ", "")).lower()
+        self.run.metric(**{f"{key}_{short}": value for key, value in found.items()})
+
+    def table(self) -> Table:
+        rows: list[dict[str, Any]] = []
+        for name, found in self.of.items():
+            shown = {k: f"{v:.1%}" if k in self.asked else v for k, v in found.items()}
+            rows.append({"model": name} | shown)
+        return self.run.table("scores", rows)
