@@ -1,0 +1,81 @@
+"""What a training's time pays for W&B: without it, with a server, with a slow and with a dead one.
+
+LoRA on Tinytown's base, the same steps each time, interleaved; every step is logged, so this is
+more than a large model ever sends. A round's condition is a process of its own, and its seconds are
+those of training alone. Ratios are medians over rounds of a condition's time to that without W&B.
+The slow server takes five seconds for every answer. Needs a quiet machine.
+
+    python benchmarks/wandb_cost.py --json benchmarks/results/wandb_cost.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from labkit import record
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from wandb_server import WandbServer  # noqa: E402  (of the tests)
+
+CONDITIONS = {"server": 0.0, "slow": 5.0, "dead": 0.0}
+RUN = """
+import sys
+from labkit import data, models, record, tinytown
+from labkit.techniques import lora
+from labkit.training import TrainConfig, fit, sft_loss
+
+run = record.start("cost", {}, root=sys.argv[1])
+model, tokenizer = models.load("tinytown", device="cpu", dtype="float32")
+model = lora.attach(model, lora.LoraConfig(rank=8))
+rows = data.encode(tinytown.instruction_rows("train", 16 * int(sys.argv[2])), tokenizer)
+result = fit(model, rows, sft_loss, TrainConfig(batch_size=16), log=run.log, progress=False)
+times = [entry["seconds"] for entry in result.history]
+print(times[-1] - times[4])  # the first steps warm up
+run.finish()
+"""
+
+
+def seconds(steps: int, environment: dict[str, str]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", RUN, folder, str(steps)]
+        keep = {"env": os.environ | environment, "text": True, "check": True}
+        out = subprocess.run(command, capture_output=True, **keep)
+    return float(out.stdout.split()[-1])
+
+
+def measured(name: str, steps: int) -> float:
+    if name == "none":
+        return seconds(steps, {"WANDB_MODE": "disabled"})
+    with WandbServer(CONDITIONS[name]) as server:
+        if name == "dead":
+            server.close()
+        return seconds(steps, server.environment())
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--steps", type=int, default=150)
+    p.add_argument("--json", type=Path, help="write the results here")
+    args = p.parse_args()
+    names, found = ["none", *CONDITIONS], []
+    for number in range(args.rounds):
+        order = names[number % len(names) :] + names[: number % len(names)]
+        found.append({name: measured(name, args.steps) for name in order})
+        print({name: round(value, 2) for name, value in found[-1].items()}, flush=True)
+    over = {n: [row[n] / row["none"] for row in found] for n in CONDITIONS}
+    result = {f"{n}_over_none": statistics.median(ratios) for n, ratios in over.items()}
+    print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    if args.json:
+        head = {"hardware": record.hardware(), "versions": record.versions()}
+        head |= {"commit": record.commit(), "seconds": found}
+        record.write_text(args.json, json.dumps(head | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
