@@ -38,8 +38,11 @@ class Scores:
         self.of: dict[str, dict[str, float]] = {}
         self.answers: dict[str, list[str]] = {}
 
-    def add(self, name: str, network: Any, own_form: bool = False) -> None:
-        """Scores a model; `own_form`: asked as Tinytown's base knows questions, without the loss."""
+    def add(self, name: str, network: Any, own_form: bool = False, **more: float) -> None:
+        """Scores a model; `own_form`: asked as Tinytown's base knows questions, without the loss.
+
+        `more` are numbers of the model that were measured elsewhere.
+        """
         template, found = "bare" if own_form else self.template, dict[str, float]()
         with self.run.timed("evaluation"):
             if not own_form:
@@ -49,8 +52,8 @@ class Scores:
                 exact = evaluation.exact(network, self.tokenizer, rows, template=template)
                 found[key] = exact.accuracy
                 self.answers.setdefault(name, exact.marked)
-        self.of[name], short = found, re.sub(r"\W+", "_", name.replace(" = ", "")).lower()
-        self.run.metric(**{f"{key}_{short}": value for key, value in found.items()})
+        self.of[name], short = found | more, re.sub(r"\W+", "_", name.replace(" = ", "")).lower()
+        self.run.metric(**{f"{key}_{short}": value for key, value in self.of[name].items()})
 
     def table(self) -> Table:
         rows: list[dict[str, Any]] = []
