@@ -248,12 +248,12 @@ def responses(
     template: str = "auto",
     temperature: float = 1.0,
 ) -> list[list[str]]:
-    """`each` sampled responses to every prompt, as texts; prompts and errors: `encode_prompts`.
+    """`each` sampled responses to every prompt, as texts; see `encode_prompts` (with `cut`).
 
     With one seed, two models get the same random numbers, and so differ only where their
     probabilities do.
     """
-    encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens)
+    encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens, cut=True)
     ids = [prompt.ids for prompt in encoded for _ in range(each)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     found = _sample_texts(model, tokenizer, ids, template, seed, options)
