@@ -263,8 +263,9 @@ def can_resume(folder: Path) -> bool:
 
 
 def new_folder(notebook: str, root: Place = None) -> Path:
-    """Make a folder of its own for a run of `notebook` and return it."""
-    identity = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+    """Make a folder of its own for a run of `notebook` and return it; names are in order of time."""
+    now, chance = datetime.now(), os.urandom(1).hex()[0]
+    identity = f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{chance}"
     folder = Path(root or project_root()) / "runs" / notebook / identity
     folder.mkdir(parents=True)
     return folder
