@@ -102,6 +102,14 @@ def test_every_promised_claim_has_its_row_and_the_run_is_closed(path):
     assert any(".finish(" in cell.source for cell in close)
 
 
+@each_technique
+def test_data_of_ones_own_is_checked_for_what_its_comment_asks(path):
+    (about,) = (n for n in notebooks.available() if n.path == path)
+    said = re.search(r'(?m)^data = "\w+"  # (\w+):', notebooks.parameters_cell(path))
+    kinds = {"preferences": "preferences", "prompts": "prompts"}
+    assert about.learns == kinds.get(said[1] if said else "", "answers")
+
+
 def test_profiles_hold_good_values_of_parameters_that_exist():
     params, known = ROOT / "notebooks" / "params", set()
     for path in PATHS:
