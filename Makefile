@@ -25,10 +25,11 @@ test: test-modules test-notebooks
 test-modules: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-# The committed notebooks are executed again; cells marked NBVAL_CHECK_OUTPUT are compared.
+# The committed notebooks are executed again, two at a time with a core each, which is faster than
+# one with two; cells marked NBVAL_CHECK_OUTPUT are compared.
 test-notebooks: setup
-	HF_HUB_OFFLINE=1 LABKIT_RUNS=$(CURDIR)/build/nbval $(BIN)/python -m pytest \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
+	HF_HUB_OFFLINE=1 LABKIT_RUNS=$(CURDIR)/build/nbval OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 		--nbval-sanitize-with tests/nbval.cfg notebooks/
 
 # On copies in mine/, which git ignores; what is there is never replaced. Opens notebook 00 beside
