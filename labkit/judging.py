@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from labkit import tinytown
-from labkit.evaluation import wilson
+from labkit.evaluation import Interval, wilson
 from labkit.respond import Respond, Responder
 from labkit.show import Table
 from labkit.templates import Row, prompt_text
@@ -246,9 +246,7 @@ def card(models: Mapping[str, Mapping[str, Rate]]) -> Table:
     )
 
 
-def length_controlled(
-    verdicts: Sequence[Verdict], a: Sequence[str], b: Sequence[str]
-) -> tuple[float, float, float]:
+def length_controlled(verdicts: Sequence[Verdict], a: Sequence[str], b: Sequence[str]) -> Interval:
     """The win rate of `a` at equal lengths, to 0.001, and its 95 % interval.
 
     P(a wins) = σ(θ + φ · tanh(Δ / √mean Δ²)) with Δ the difference in characters, and σ(θ) is the
@@ -274,7 +272,7 @@ def length_controlled(
     z = theta + phi * x
     loss = (np.logaddexp(0, z) - wins * z).sum(1) + phi[:, 0] ** 2 / 10
     inside = rates[loss <= loss.min() + 1.959964**2 / 2]
-    return float(rates[loss.argmin()]), float(inside[0]), float(inside[-1])
+    return Interval(*map(float, (rates[loss.argmin()], inside[0], inside[-1])))
 
 
 @dataclass(frozen=True)

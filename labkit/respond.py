@@ -72,7 +72,7 @@ def from_model(
     """
 
     def ask(asks: list[Ask]) -> Found:
-        limits = {"template": template, "max_new_tokens": max_new_tokens, "cut": cut}
+        limits: Any = {"template": template, "max_new_tokens": max_new_tokens, "cut": cut}
         prompts = [prompt for prompt, _ in asks]
         encoded = encode_prompts(prompts, model, tokenizer, **limits) if asks else []
         ends = eos_ids(model, tokenizer, template)
