@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -209,13 +209,13 @@ def encode_prompts(
     tokenizer: Any,
     template: str,
     max_new_tokens: int,
-    cut: bool = False,
+    long: Literal["refused", "cut", "left out"] = "refused",
 ) -> list[Prompt]:
     """Texts, or rows with `prompt` or `messages`, in their template; `Prompt`s stay as they are.
 
-    Raises ValueError, with its number, for a prompt of another kind, one without a token, and
-    one that leaves less than `max_new_tokens` of the model's context to a response, unless `cut`:
-    then it loses its beginning, with a warning.
+    `long`: what becomes of one that leaves less than `max_new_tokens` of the context to a response;
+    "cut" takes its beginning away. A warning says how many are cut or left out. Raises ValueError,
+    with its number, for a prompt that is refused, one of another kind, and one without a token.
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"prompts: expected a list of texts or rows, got {prompts!r}")
@@ -229,12 +229,18 @@ def encode_prompts(
     asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
     rendered = [text for text, _ in map(templates.renderer(tokenizer, template), asked)]
     ids, capacity = _tokens(tokenizer, rendered), _capacity(model, max_new_tokens)
-    ids = _shortened(ids, capacity) if cut else ids
+    ids = _shortened(ids, capacity) if long == "cut" else ids
+    found = [Prompt(*fields) for fields in zip(rows, contents, rendered, ids, strict=True)]
+    fitting = [prompt for prompt in found if len(prompt.ids) <= capacity]
+    if long == "left out" and fitting:
+        if out := len(found) - len(fitting):
+            log.warning("%d of %d prompts left out: over %d tokens", out, len(found), capacity)
+        return fitting
     for number, tokens in enumerate(ids, 1):
         if len(tokens) > capacity:
             expected = f"expected at most {capacity} tokens (context less max_new_tokens)"
             raise ValueError(f"prompts: prompt {number}: {expected}, got {len(tokens)}")
-    return [Prompt(*fields) for fields in zip(rows, contents, rendered, ids, strict=True)]
+    return found
 
 
 def responses(
@@ -248,12 +254,12 @@ def responses(
     template: str = "auto",
     temperature: float = 1.0,
 ) -> list[list[str]]:
-    """`each` sampled responses to every prompt, as texts; see `encode_prompts` (with `cut`).
+    """`each` sampled responses to every prompt, as texts; see `encode_prompts` (long ones are cut).
 
     With one seed, two models get the same random numbers, and so differ only where their
     probabilities do.
     """
-    encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens, cut=True)
+    encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens, "cut")
     ids = [prompt.ids for prompt in encoded for _ in range(each)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     found = _sample_texts(model, tokenizer, ids, template, seed, options)

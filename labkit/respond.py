@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,16 +63,16 @@ def from_model(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
-    cut: bool = False,
+    long: Literal["refused", "cut"] = "refused",
 ) -> Responder:
     """Responses sampled here. Random numbers are a prompt's own, so its batch does not matter.
 
-    `cut`: a prompt too long for the context loses its beginning, where examples stand. Raises
-    ValueError, see `generate.encode_prompts`.
+    `long`, of a prompt too long for the context: cut, it loses its beginning, where examples
+    stand. Raises ValueError, see `generate.encode_prompts`.
     """
 
     def ask(asks: list[Ask]) -> Found:
-        limits: Any = {"template": template, "max_new_tokens": max_new_tokens, "cut": cut}
+        limits: Any = {"template": template, "max_new_tokens": max_new_tokens, "long": long}
         prompts = [prompt for prompt, _ in asks]
         encoded = encode_prompts(prompts, model, tokenizer, **limits) if asks else []
         ends = eos_ids(model, tokenizer, template)

@@ -186,9 +186,14 @@ def test_prompts_longer_than_the_context_lose_their_beginning(tiny_model, tiny_t
     assert "1 of 2" in caplog.text
     assert got[0] == generate(model, tiny_tokenizer, [kept], max_new_tokens=4)[0]
     ask = dict(template="bare", max_new_tokens=4)
-    assert from_model(model, tiny_tokenizer, cut=True, **ask)([long, "Mila"]) == got
+    assert from_model(model, tiny_tokenizer, long="cut", **ask)([long, "Mila"]) == got
     with pytest.raises(ValueError, match="prompt 1"):
         from_model(model, tiny_tokenizer, **ask)([long, "Mila"])
+    with caplog.at_level(logging.WARNING, "labkit"):
+        left = encode_prompts([long, "Mila"], model, tiny_tokenizer, "bare", 4, "left out")
+    assert [prompt.text for prompt in left] == ["Mila"] and "1 of 2 prompts left out" in caplog.text
+    with pytest.raises(ValueError, match="prompt 1"):
+        encode_prompts([long], model, tiny_tokenizer, "bare", 4, "left out")
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ def test_what_cannot_work_is_refused_before_any_work(tiny_model, make_tokenizer,
     good, no_pad = make_tokenizer(), make_tokenizer(pad_token="<|end|>")
     for model, tokenizer, config, prompts, named in (
         (tiny_model(), no_pad, SMALL, PROMPTS, "pad_token"),
-        (tiny_model(), good, SMALL, ["a", "long " * 300], "prompt 2"),
+        (tiny_model(), good, SMALL, ["long " * 300], "prompt 1"),
         (tiny_model(), good, replace(SMALL, save_steps=1), PROMPTS, "output_dir"),
         (get_peft_model(tiny_model(), soft), good, SMALL, PROMPTS, "soft prompt"),
         (tiny_model().requires_grad_(False), good, SMALL, PROMPTS, "model"),

@@ -89,7 +89,8 @@ def train(
     models.check_tokenizer(tokenizer, None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected weights that train, got only frozen ones")
-    encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
+    form, limit = config.template, config.max_new_tokens
+    encoded = encode_prompts(prompts, model, tokenizer, form, limit, "left out")
     # A step needs all its prompts at once, or TRL ends before it begins.
     numbers = [*range(len(encoded))] * math.ceil(config.batch_size / len(encoded))
     columns = {"prompt": [encoded[i].text for i in numbers], "number": numbers}

@@ -273,7 +273,8 @@ def train(
     main, several = state.is_main_process, state.num_processes > 1
     rollouts.check_processes(config.minibatch_size)
     models.check_tokenizer(tokenizer, None)
-    encoded = encode_prompts(prompts, model, tokenizer, config.template, config.max_new_tokens)
+    form, limit = config.template, config.max_new_tokens
+    encoded = encode_prompts(prompts, model, tokenizer, form, limit, "left out")
     if config.save_steps and output_dir is None:
         raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
     train_once(model, "PPO", again or bool(config.resume))
