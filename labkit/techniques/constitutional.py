@@ -172,7 +172,7 @@ def letters_of_model(model: Any, tokenizer: Any, *, template: str = "auto") -> L
 
     @torch.no_grad()
     def read(prompts: list[str], letters: list[tuple[str, str]], size: int = 32) -> list[float]:
-        encoded = generate.encode_prompts(prompts, model, tokenizer, template, 1)
+        encoded = generate.encode_prompts(prompts, model, tokenizer, template, 1, "cut")
         both = [[tokenizer.encode(x, add_special_tokens=False)[0] for x in two] for two in letters]
         if any(a == b for a, b in both):
             raise ValueError(f"letters: expected two different first tokens, got {letters[:2]}")
