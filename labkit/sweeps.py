@@ -47,8 +47,9 @@ def differs(question: str) -> str:
 
 
 def source(name: str = "") -> str:
-    """What decides a claim: "this run", or a sweep by name; unknown if left out once one was read."""
+    """What decides a claim: "this run", or a sweep by name; left out, the only one that was read."""
+    name = name or ("this run" if not _read else next(iter(_read)) if len(_read) == 1 else "")
     if name in _read:
         seeds = {p.get("seed") for p in _read[name]}
         return f"recorded sweep {name}, {len(seeds)} seeds"
-    return name or ("" if _read else "this run")
+    return name

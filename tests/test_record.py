@@ -134,7 +134,10 @@ def test_a_claim_says_what_decides_it_and_how_this_run_differs(tmp_path, monkeyp
     run.claim(2, "c", "h", 1, "holds", source="rate")
     run.claim(3, "c", "h", 1, "holds")
     run.claim(4, "c", "h", "", "not measured here")
-    found = ["this run", "recorded sweep rate, 3 seeds", "", None]
+    (tmp_path / "another.json").write_text(json.dumps({"runs": points}))
+    record.recorded("another")
+    run.claim(5, "c", "h", 1, "holds")  # by which of the two?
+    found = ["this run", "recorded sweep rate, 3 seeds", "recorded sweep rate, 3 seeds", None, ""]
     assert [claim.get("source") for claim in read(run)["claims"]] == found
 
 
