@@ -13,7 +13,8 @@ the reference are outside of them in every condition but `stock`, which makes on
 Ratios are medians over rounds.
 
 Equal loss: an untimed run of TRL's trainer meets the pairs in labkit's order; its loss curve must be
-labkit's within 1 %. Needs a quiet machine: `python benchmarks/preference_cpu.py --json out.json`.
+labkit's within 1 %. ORPO's NLL is that of prompt and response here, as TRL has it; there it is one
+mean over a batch's tokens, so its curves are compared with one pair a step. Needs a quiet machine: `python benchmarks/preference_cpu.py --json out.json`.
 """
 
 import argparse
@@ -54,7 +55,6 @@ LABKIT = {
 COMMON = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 COMMON |= {"seed": 0, "num_train_epochs": 1, "logging_steps": 1, "weight_decay": 0.01}
 COMMON |= {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "max_length": 256}
-COMMON |= {"per_device_train_batch_size": BATCH}
 
 
 class Clock(transformers.TrainerCallback):
@@ -65,7 +65,7 @@ class Clock(transformers.TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def trl_run(method, model, tokenizer, rows, in_order=False, **flags):
+def trl_run(method, model, tokenizer, rows, in_order=False, batch=BATCH, **flags):
     """Pairs per second and the loss of each step of one of TRL's trainers."""
     kind, config = TRL[method]
     if in_order:
@@ -74,6 +74,7 @@ def trl_run(method, model, tokenizer, rows, in_order=False, **flags):
         model = reward.with_head(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         settings = COMMON | {"learning_rate": LEARNING_RATE[method]} | flags
+        settings["per_device_train_batch_size"] = batch
         arguments = config(output_dir=folder, **settings)
         trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.remove_callback(transformers.PrinterCallback)
@@ -92,9 +93,10 @@ def speed(times: list[float]) -> float:
     return BATCH * (len(times) - WARM) / (times[-1] - times[WARM - 1])
 
 
-def labkit_run(method, model, tokenizer, rows):
+def labkit_run(method, model, tokenizer, rows, batch=BATCH):
     train, kind = LABKIT[method]
-    config = kind(batch_size=BATCH, learning_rate=LEARNING_RATE[method])
+    more = {"nll": "all"} if method == "orpo" else {}
+    config = kind(batch_size=batch, learning_rate=LEARNING_RATE[method], **more)
     result = train(model, tokenizer, rows, config, progress=False)
     history = (result[1] if method == "reward" else result).history
     return speed([entry["seconds"] for entry in history]), [entry["loss"] for entry in history]
@@ -143,14 +145,14 @@ def run(options: argparse.Namespace) -> dict:
                 above, below = (found["pairs_per_second"][n] for n in ("labkit", name))
                 ratios = [a / b for a, b in zip(above, below, strict=True)]
                 found[f"{name}_over_labkit"] = statistics.median(ratios)
-        reference = trl_run(
-            method, copy.deepcopy(first), tokenizer, texts_of[method], True, **tuned | more
-        )[1]
-        ours = found["loss_labkit"]
+        size, count = (1, min(100, len(rows))) if method == "orpo" else (BATCH, len(rows))
+        some = copy.deepcopy(first), tokenizer, texts_of[method].select(range(count))
+        reference = trl_run(method, *some, True, size, **tuned | more)[1]
+        ours = labkit_run(method, copy.deepcopy(first), tokenizer, rows[:count], size)[1]
         tens = [
             (np.mean(x[i : i + 10]) for x in (ours, reference)) for i in range(0, len(ours) - 9, 10)
         ]
-        found["largest_difference"] = max(abs(a - b) / b for a, b in tens)
+        found["largest_difference"] = float(max(abs(a - b) / b for a, b in tens))
         found["equal_loss"] = found["largest_difference"] < 0.01
         found["loss_trl_in_order"] = reference
         result[method] = found
