@@ -10,7 +10,8 @@ the worst response of each ranking: DPO at several betas, with an NLL term, and 
 Each run keeps its history (loss, rewards, both log-probabilities), and of a sampled response to
 each of the held-out prompts of `benchmarks/rlhf.py` the gold score, its three parts and its values
 one by one (`test_golds`), the KL to the SFT model per response, length, and a few texts; `sft_gold`
-is the SFT model's, and `SFT` has as `constants` what the judge says of answers that never change.
+is the SFT model's, and `SFT` has as `constants` what the judge says of answers that never change,
+as `own_form` of the base asked as it knows questions.
 The KL is k1 of the token ids that were sampled: right also where they make no text. Learning rates
 are those of the best gold score on other prompts, at a seed of their own.
 
@@ -68,7 +69,7 @@ def scores(model: Any, first: Any, tokenizer: Any, point: Row) -> Row:
     rows = preferences.prompts(point["test_prompts"], 5, "test")
     found = rlhf.scores(model, first, tokenizer, rows)
     found["sft_gold"] = rlhf.scores(first, first, tokenizer, rows)["test_total"]
-    return found | ({"constants": rlhf.constants(rows)} if point["arm"] == "SFT" else {})
+    return found | (rlhf.baselines(rows) if point["arm"] == "SFT" else {})
 
 
 def chosen_only(ranked: list[Row]) -> list[Row]:

@@ -27,7 +27,8 @@ length, entropy, EOS rate). On held-out prompts, the same for all arms and seeds
 random numbers, it keeps the means before (`start_*`) and after (`test_*`), and after also one by
 one (`test_golds`, `test_rewards`): differences from the seed's `SFT` are paired. Rewards are those
 of the model that the seed's SFT led to; in `no SFT anywhere`, of its own. `SFT` has as `constants`
-what the judge says of answers that never change.
+what the judge says of answers that never change, as `own_form` of the base asked as it knows
+questions.
 
     python benchmarks/rlhf.py --json benchmarks/results/rlhf.json
 """
@@ -174,7 +175,7 @@ def measure(point: Row, file: Path) -> Row:
     }
     tuned = before if start == sft else scored(models.load(sft)[0], rows=rows)
     found["sft_gold"] = tuned["test_total"]
-    found |= {"constants": constants(rows)} if arm == "SFT" else {}
+    found |= baselines(rows) if arm == "SFT" else {}
     return found | after | {"texts": after["texts"][:8]}
 
 
@@ -210,6 +211,14 @@ def gold_reward(prompts: list, responses: list[str], rows: list[Row]) -> list[fl
 def golds(rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
     """The judge's totals, one by one."""
     return [round(judge(row, text).total, 2) for row, text in zip(rows, responses, strict=True)]
+
+
+def baselines(rows: Sequence[Row]) -> Row:
+    """`constants`, and as `own_form` the gold scores of the base, asked as it knows questions."""
+    (base, tokenizer), own = models.load("tinytown"), tinytown.in_own_form(rows)
+    options: Row = {"template": "bare", "seed": 2, "max_new_tokens": TOKENS}
+    texts = [text for (text,) in generate.responses(base, tokenizer, own, **options)]
+    return {"constants": constants(rows), "own_form": tinytown.scores(own, texts)}
 
 
 def constants(rows: Sequence[Row]) -> Row:
