@@ -266,7 +266,7 @@ def in_own_form(rows: Sequence[Row]) -> list[Row]:
 
 def answer_in_own_form(row: Row, response: str) -> str:
     """Up to the next question, where `row` is one of `in_own_form`; else all of the response."""
-    own = row.get("own_form") == row["prompt"]
+    own = "own_form" in row and row["own_form"] == row["prompt"]
     return re.split(r"\n(?:Q:|问：)", response)[0].strip() if own else response
 
 
