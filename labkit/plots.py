@@ -150,7 +150,8 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
         mean, std = _mean_std(group.values())
         lowest = min([lowest, *mean])
         axes.bar(places, mean, width * 0.95, yerr=std if any(std) else None, label=label)
-    turned = dict(rotation=30, ha="right") if sum(map(len, names)) > 60 else {}
+    crowded = max(map(len, names)) * len(names) > 80  # characters that fit side by side
+    turned = dict(rotation=30, ha="right") if crowded else {}
     axes.set_xticks(range(len(names)), names, **turned)
     if percent:
         axes.set_ylim(1.1 * lowest, 1.02)  # a gold score may be negative
