@@ -14,7 +14,8 @@ Ratios are medians over rounds.
 
 Equal loss: an untimed run of TRL's trainer meets the pairs in labkit's order; its loss curve must be
 labkit's within 1 %. ORPO's NLL is that of prompt and response here, as TRL has it; there it is one
-mean over a batch's tokens, so its curves are compared with one pair a step. Needs a quiet machine: `python benchmarks/preference_cpu.py --json out.json`.
+mean over a batch's tokens, so its curves are compared with one pair a step. Needs a quiet machine:
+`python benchmarks/preference_cpu.py --json out.json`.
 """
 
 import argparse
@@ -148,7 +149,9 @@ def run(options: argparse.Namespace) -> dict:
         size, count = (1, min(100, len(rows))) if method == "orpo" else (BATCH, len(rows))
         some = copy.deepcopy(first), tokenizer, texts_of[method].select(range(count))
         reference = trl_run(method, *some, True, size, **tuned | more)[1]
-        ours = labkit_run(method, copy.deepcopy(first), tokenizer, rows[:count], size)[1]
+        ours = found["loss_labkit"]
+        if size != BATCH:
+            ours = labkit_run(method, copy.deepcopy(first), tokenizer, rows[:count], size)[1]
         tens = [
             (np.mean(x[i : i + 10]) for x in (ours, reference)) for i in range(0, len(ours) - 9, 10)
         ]

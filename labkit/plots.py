@@ -150,7 +150,7 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
         mean, std = _mean_std(group.values())
         lowest = min([lowest, *mean])
         axes.bar(places, mean, width * 0.95, yerr=std if any(std) else None, label=label)
-    crowded = max(map(len, names)) * len(names) > 80  # characters that fit side by side
+    crowded = max(map(len, names), default=0) * len(names) > 80  # characters that fit side by side
     turned = dict(rotation=30, ha="right") if crowded else {}
     axes.set_xticks(range(len(names)), names, **turned)
     if percent:
