@@ -273,6 +273,8 @@ def _recorded(
     except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
         status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         error = _failure(path.stem, failure)
+    finally:
+        del os.environ["LABKIT_RUN_DIR"]
     if status == "interrupted":
         for kind in _STOPPING:  # the record is to be closed, whatever else comes
             signal.signal(kind, signal.SIG_IGN)

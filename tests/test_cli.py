@@ -110,6 +110,7 @@ def test_a_run_passes_parameters_records_and_keeps_the_notebook(library, call, m
     Path("mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     status, out, err = call("run", "tiny", "-p", "r=16", "-p", "data", "mine.jsonl")
     assert status == 0, err
+    assert "LABKIT_RUN_DIR" not in os.environ  # what runs next in this process is another run
     (folder,) = (library / "runs" / "02_tiny").iterdir()
     (found,) = record.read_runs()
     assert found["parameters"] == {"rank": 16, "data": "mine.jsonl"}
