@@ -33,7 +33,9 @@ def update(project: str = "labkit", entity: str = "", root: Path | None = None) 
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
-        raise ValueError("labkit dashboard: pip install wandb-workspaces==0.4.13") from error
+        raise ValueError(
+            "wandb-workspaces is missing: pip install wandb-workspaces==0.4.13"
+        ) from error
     login()
     api = wandb.Api()
     entity = entity or api.default_entity
