@@ -194,8 +194,9 @@ def clean(path: Path) -> None:
                 data.pop("text/html", "")
             if "text/html" in data:  # without what hides a copy beside its live widget
                 data["text/html"] = _COPY.sub(r"\1", data["text/html"])
-            if "metadata" in output:
-                output.metadata = nbformat.from_dict({})
+            if "metadata" in output:  # of a picture, its size and what it shows
+                kept = {k: v for k, v in output.metadata.items() if k == "image/png"}
+                output.metadata = nbformat.from_dict(kept)
     write_text(path, nbformat.writes(nb).rstrip("\n") + "\n")
 
 

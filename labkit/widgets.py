@@ -38,16 +38,18 @@ class Explorer(w.VBox):
             f".jp-OutputArea-child:has(~ * .{name}-copy) [data-mime-type*=widget]:not(:has(*))"
         )
         start = f'<div class="{name}-copy"><style>{hidden}{{display:none}}</style>'
-        first = {"text/html": f"<p>{escape(caption)}</p>"}
-        for data in [first, *(output.get("data", output) for output in view.outputs)]:
+        first = {"data": {"text/html": f"<p>{escape(caption)}</p>"}}
+        for output in [first, *view.outputs]:
+            data, about = output.get("data", output), output.get("metadata", {})
             page = data.get("text/html")
             if png := data.get("image/png"):
-                page = f'<img src="data:image/png;base64,{png}">'
+                shape = about.get("image/png", {}).items()  # alt, width, height
+                shape = " ".join(f'{name}="{escape(str(value))}"' for name, value in shape)
+                page = f'<img src="data:image/png;base64,{png}" {shape}>'
             page = page or f"<pre>{escape(data.get('text') or data.get('text/plain', ''))}</pre>"
             kept = {kind: data[kind] for kind in ("image/png", "text/plain") if kind in data}
-            display(
-                {"text/plain": caption} | kept | {"text/html": f"{start}{page}</div>"}, raw=True
-            )
+            copy = {"text/plain": caption} | kept | {"text/html": f"{start}{page}</div>"}
+            display(copy, metadata=about, raw=True)
 
 
 def explore(function: Callable[..., Any], **controls: Any) -> Any:

@@ -49,20 +49,27 @@ def test_exploring_shows_what_is_printed_displayed_and_returned_and_streams_noth
 
 
 def test_a_widget_leaves_a_copy_for_readers_without_a_kernel(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(widgets, "display", lambda data, raw: kept.append(data))
+    kept, about = [], []
+
+    def keep(data, raw, metadata=None):
+        kept.append(data)
+        about.append(metadata or {})
+
+    monkeypatch.setattr(widgets, "display", keep)
     slider = ipywidgets.IntSlider(value=3, description="<n>")
     widgets.explore(lambda n: show.Table([{"square": n * n}]), n=slider)._ipython_display_()
-    png = Image(b"\x89PNG\r\n\x1a\n" + bytes(8))
+    png = Image(b"\x89PNG\r\n\x1a\n" + bytes(8), width=640, alt="a curve")
     widgets.explore(lambda n: png, n=slider)._ipython_display_()
-    outputs = [nbformat.v4.new_output("display_data", data) for data in kept]
+    assert 'width="640"' in kept[-1]["text/html"] and 'alt="a curve"' in kept[-1]["text/html"]
+    both = zip(kept, about, strict=True)
+    outputs = [nbformat.v4.new_output("display_data", data, metadata=m) for data, m in both]
     path = tmp_path / "a.ipynb"
     cell = nbformat.v4.new_code_cell("x", outputs=outputs)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
     notebooks.clean(path)
-    caption, table, again, picture = (
-        output.data for output in nbformat.read(path, as_version=4).cells[0].outputs
-    )
+    found = nbformat.read(path, as_version=4).cells[0].outputs
+    caption, table, again, picture = (output.data for output in found)
+    assert found[-1].metadata["image/png"]["alt"] == "a curve" and not found[0].metadata
     assert VIEW in kept[0] and VIEW not in {**caption, **table, **again, **picture}
     assert "<p>&lt;n&gt; = 3" in caption["text/html"] and "<style" not in caption["text/html"]
     assert table["text/html"].startswith("<table") and ">9<" in table["text/html"]
