@@ -11,7 +11,7 @@ const VERDICTS = [
   ["undecided", "?", "open"],
   ["not measured here", "–", "open"],
 ];
-const COLOURS = "#3b7dd8 #d9622b #2f9e62 #9a5fc8 #b8860b #d0477f #1a9aa0 #7a828a".split(" ");
+const COLOURS = "#5790fc #f89c20 #e42536 #964a8b #9c9ca1 #7a21dd".split(" "); // petroff6
 const DASHES = [[], [7, 4], [2, 3]];
 const MOST = 24; // columns of a comparison
 const main = document.getElementById("main");
@@ -218,7 +218,7 @@ function curves(entries, figures) {
     const found = names.flatMap((name) => entries.map((entry) => ({ ...entry, name, points: curve(entry.runs, name) })));
     const lines = found.filter(({ points }) => points).map(({ name, number, label, points }, i) => {
       const [n, text] = names.length > 1 ? [i, name.slice(0, -title.length - 1)] : [number, label];
-      const dash = DASHES[Math.floor(n / COLOURS.length) % DASHES.length];
+      const dash = DASHES[n % DASHES.length];
       return { label: text, points, colour: COLOURS[n % COLOURS.length], dash };
     });
     return figure(title, lines);
