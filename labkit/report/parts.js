@@ -218,7 +218,7 @@ function curves(entries, figures) {
     const found = names.flatMap((name) => entries.map((entry) => ({ ...entry, name, points: curve(entry.runs, name) })));
     const lines = found.filter(({ points }) => points).map(({ name, number, label, points }, i) => {
       const [n, text] = names.length > 1 ? [i, name.slice(0, -title.length - 1)] : [number, label];
-      const dash = DASHES[n % DASHES.length];
+      const dash = DASHES[(n + Math.floor(n / COLOURS.length)) % DASHES.length];
       return { label: text, points, colour: COLOURS[n % COLOURS.length], dash };
     });
     return figure(title, lines);
