@@ -5,6 +5,12 @@ environment; tests of hub loading start a subprocess with a loopback `HF_ENDPOIN
 """
 
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -154,3 +160,56 @@ def make_pairs():
         return pairs
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, driven by Playwright; without one the test is skipped."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium")
+    options = {"executable_path": path, "args": ["--no-sandbox", "--disable-gpu"]}
+    with sync_api.sync_playwright() as play:
+        opened = play.chromium.launch(**options)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def jupyterlab():
+    """`jupyterlab(folder, **environment)`: its address, with `folder` as the root of its files.
+
+    All cells of a notebook are in the page, not only those in sight.
+    """
+    processes = []
+
+    def start(folder, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = (
+            f"--no-browser --allow-root --port={port} --IdentityProvider.token= --ip=127.0.0.1"
+        )
+        command = [sys.executable, "-m", "jupyterlab", *options.split(), f"--notebook-dir={folder}"]
+        settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
+        settings.mkdir(parents=True)
+        (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+        environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"} | environment
+        environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
+        with (folder / "lab.log").open("w") as log:
+            common = {"stdout": log, "stderr": log, "env": environment, "cwd": folder}
+            processes.append(subprocess.Popen(command, **common))
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5)
+                return f"http://127.0.0.1:{port}/lab/tree"
+            except OSError:
+                assert processes[-1].poll() is None, (folder / "lab.log").read_text()[-2000:]
+                time.sleep(0.5)
+        raise TimeoutError("JupyterLab does not answer")
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait(30)

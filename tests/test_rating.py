@@ -2,13 +2,6 @@
 
 import importlib.util
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import nbformat
 import pytest
@@ -158,88 +151,65 @@ widget(Ballot(prompts, responses, "votes.jsonl", "Ada"))
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """JupyterLab on a folder with one notebook; the address of the notebook."""
+def lab(tmp_path, jupyterlab):
+    """The address of a notebook with the widget in JupyterLab."""
     cells = [nbformat.v4.new_code_cell(CELL.strip())]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "rate.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"--no-browser --allow-root --port={port} --IdentityProvider.token= --ip=127.0.0.1"
-    command = [sys.executable, "-m", "jupyterlab", *options.split(), f"--notebook-dir={tmp_path}"]
-    log = (tmp_path / "lab.log").open("w")
-    environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/lab/tree/rate.ipynb?reset"
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
+    return f"{jupyterlab(tmp_path)}/rate.ipynb?reset"
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 @pytest.mark.skipif(not importlib.util.find_spec("anywidget"), reason="needs anywidget")
-def test_ten_votes_by_key_in_jupyterlab(lab, tmp_path):
-    api = pytest.importorskip("playwright.sync_api")
+def test_ten_votes_by_key_in_jupyterlab(browser, lab, tmp_path):
+    from playwright.sync_api import expect
+
     file, wait = tmp_path / "votes.jsonl", {"timeout": 120_000}
-    with api.sync_playwright() as playwright:
-        options = {"executable_path": shutil.which("chromium")}
-        browser = playwright.chromium.launch(args=["--no-sandbox", "--disable-gpu"], **options)
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.set_default_timeout(120_000)
-        box, errors = page.locator(".labkit-rating"), []
-        page.on("pageerror", lambda error: errors.append(str(error)))
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(120_000)
+    box, errors = page.locator(".labkit-rating"), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
 
-        def at(number):
-            api.expect(box.locator("progress")).to_have_attribute("value", str(number), **wait)
+    def at(number):
+        expect(box.locator("progress")).to_have_attribute("value", str(number), **wait)
 
-        def run_all():
-            page.goto(lab)
-            page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-            page.wait_for_selector("text=/Python 3.* . Idle/")  # else the lab asks which kernel
-            page.click("text=Run >> nth=0")
-            page.click("text=Run All Cells >> nth=0")
-            at(5 if file.exists() else 0)
+    def run_all():
+        page.goto(lab)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        page.wait_for_selector("text=/Python 3.* . Idle/")  # else the lab asks which kernel
+        page.click("text=Run >> nth=0")
+        page.click("text=Run All Cells >> nth=0")
+        at(5 if file.exists() else 0)
 
-        def press(keys, number):
-            box.click(position={"x": 5, "y": 5})
-            for key in keys:
-                page.keyboard.press(key)
-                number += 1
-                at(number)
+    def press(keys, number):
+        box.click(position={"x": 5, "y": 5})
+        for key in keys:
+            page.keyboard.press(key)
+            number += 1
+            at(number)
 
-        run_all()
-        press("abtxs", 0)
-        assert [vote["vote"] for vote in lines(file)] == ["A", "B", "tie", "both bad", "skip"]
-        page.keyboard.press("Control+s")
-        page.wait_for_selector(".jp-mod-dirty", state="detached")
-        page.reload()
-        at(5)  # the widget of the kernel that is still there
-        assert page.locator(".jp-CodeCell").count() == 1  # "a" and "b" inserted no cell
-        press("ab", 5)
-        page.keyboard.press("u")
-        at(6)
-        page.keyboard.press("u")
-        at(5)
-        page.click("text=Kernel >> nth=0")
-        page.click("text=Restart Kernel and Run All Cells")
-        page.click(".jp-Dialog button:has-text('Restart')")
-        api.expect(box).to_have_count(0, **wait)
-        at(5)  # another session, which goes on
-        texts = box.locator(".text").all_inner_texts()
-        press("Babab", 5)
-        api.expect(box).to_contain_text("All 10 pairs are rated")
-        assert page.title() != "owned" and box.locator("script, img, .MathJax").count() == 0
-        browser.close()
+    run_all()
+    press("abtxs", 0)
+    assert [vote["vote"] for vote in lines(file)] == ["A", "B", "tie", "both bad", "skip"]
+    page.keyboard.press("Control+s")
+    page.wait_for_selector(".jp-mod-dirty", state="detached")
+    page.reload()
+    at(5)  # the widget of the kernel that is still there
+    assert page.locator(".jp-CodeCell").count() == 1  # "a" and "b" inserted no cell
+    press("ab", 5)
+    page.keyboard.press("u")
+    at(6)
+    page.keyboard.press("u")
+    at(5)
+    page.click("text=Kernel >> nth=0")
+    page.click("text=Restart Kernel and Run All Cells")
+    page.click(".jp-Dialog button:has-text('Restart')")
+    expect(box).to_have_count(0, **wait)
+    at(5)  # another session, which goes on
+    texts = box.locator(".text").all_inner_texts()
+    press("Babab", 5)
+    expect(box).to_contain_text("All 10 pairs are rated")
+    assert page.title() != "owned" and box.locator("script, img, .MathJax").count() == 0
+    page.close()
     found = lines(file)
     assert len(found) == 10 and len({vote["pair"] for vote in found}) == 10
     assert {v["winner"] for v in found} <= {"dpo", "sft", None} and errors == []

@@ -1,7 +1,6 @@
 """The report: what the page holds, that nothing in a record is markup, and its views in a browser."""
 
 import json
-import shutil
 from html.parser import HTMLParser
 from itertools import count
 
@@ -101,19 +100,6 @@ def test_thin_keeps_the_mean_and_the_last_step(count):
     assert len(steps) == len(values) == min(count, 200)
     assert not count or steps[-1] == count - 1 and steps == sorted(steps)
     assert count != 1000 or sum(values) / len(values) == pytest.approx(499.5, rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no Chromium")
-    options = {"executable_path": path, "args": ["--no-sandbox", "--disable-gpu"]}
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(**options)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
