@@ -122,10 +122,10 @@ def test_the_first_cell_checks_and_takes_a_notebooks_parameters(tmp_path):
 def test_a_claim_says_what_decides_it_and_how_this_run_differs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "_FOLDER", tmp_path)
     monkeypatch.setattr(sweeps, "_read", {})
-    point = {"rows": 2000, "epochs": 2.0, "stage": "compare"}
+    point = {"rows": 2000, "epochs": 2.0, "dropout": 1 / 3, "stage": "compare"}
     points = [point | {"seed": s, "learning_rate": lr} for s in range(3) for lr in (1e-3, 1e-2)]
     (tmp_path / "rate.json").write_text(json.dumps({"runs": [*points, {"stage": "tune"}]}))
-    given = {"train_examples": 1200, "epochs": 2.0, "learning_rate": 0.5}
+    given = {"train_examples": 1200, "epochs": 2.0, "dropout": 0.33, "learning_rate": 0.5}
     run = record.start("02_lora", given, root=tmp_path)
     run.claim(1, "c", "h", 1, "holds")
     assert record.recorded("rate")["runs"][0]["rows"] == 2000

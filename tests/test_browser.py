@@ -1,0 +1,200 @@
+"""In JupyterLab, in headless Chromium: notebooks read, run with few steps, widgets moved, and stopped.
+
+Every notebook is opened; the run of all of them takes minutes, so by default one is run here (nbval
+executes them all), and all with LABKIT_BROWSER=1. Screenshots are kept in build/screens.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+import urllib.request
+
+import nbformat
+import pytest
+import yaml
+from conftest import HERE
+
+from labkit import notebooks
+
+SCREENS = HERE.parent / "build" / "screens"
+NAMES = [notebook.name for notebook in notebooks.available()]
+RUN = NAMES if os.environ.get("LABKIT_BROWSER") else ["02_lora"]
+# JupyterLab's own, of extensions and files that a fresh installation does not have.
+HARMLESS = re.compile(r"favicon|Failed to load resource|plugin|requestAnimationFrame|WebSocket")
+STOPPED = """
+from labkit import data, models, tinytown
+from labkit.training import TrainConfig, fit, sft_loss
+
+begun = []
+# cell
+model, tokenizer = models.load("tinytown", device="cpu")
+rows = data.encode(tinytown.instruction_rows("train", 400), tokenizer)
+result = fit(model, rows, sft_loss, TrainConfig(max_steps=4000, batch_size=4))
+begun.append(result.history[0]["loss"])
+# cell
+print(len(begun), "begun at the same loss:", len(set(begun)) == 1)
+"""
+
+
+class Lab:
+    """JupyterLab on a folder, in one page."""
+
+    def __init__(self, page, address, folder):
+        self.page, self.address, self.folder, self.errors = page, address, folder, []
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", self._said)
+
+    def _said(self, message):
+        if message.type == "error" and not HARMLESS.search(message.text):
+            self.errors.append(message.text)
+
+    def open(self, name):
+        self.page.goto(f"{self.address}/{name}.ipynb?reset")
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+
+    def run_all(self):
+        self.page.wait_for_selector("text=/Python 3.* . Idle/")  # else the lab asks which kernel
+        self.page.click("text=Run >> nth=0")
+        self.page.click("text=Run All Cells >> nth=0")
+
+    def ran(self, seconds=600):
+        """Waits until all cells have run, or one has failed."""
+        numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every("
+        numbered += r"each => /\[\d+\]/.test(each.textContent))"
+        failed = "document.querySelector('.jp-OutputArea-output[data-mime-type*=error]')"
+        self.page.wait_for_function(f"{numbered} || {failed}", timeout=1000 * seconds)
+
+    def finish(self, seconds=60):
+        """Waits until the kernel has been idle for a second."""
+        server, idle = self.address.removesuffix("/lab/tree"), 0
+        for _ in range(4 * seconds):
+            time.sleep(0.25)
+            with urllib.request.urlopen(f"{server}/api/sessions") as answer:
+                states = {session["kernel"]["execution_state"] for session in json.load(answer)}
+            idle = idle + 1 if states == {"idle"} else 0
+            if idle == 4:
+                return
+        raise TimeoutError("the kernel is still busy")
+
+    def saved(self, name):
+        self.page.keyboard.press("Control+s")
+        self.page.wait_for_selector(".jp-mod-dirty", state="detached")
+        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
+
+    def shut_down(self):
+        """Ends the kernel, so that the next test has the memory to itself."""
+        self.page.click("text=Kernel >> nth=0")
+        self.page.click("text=Shut Down Kernel >> nth=0")
+        self.page.wait_for_selector("text=/No Kernel|Unknown/")
+
+    def screen(self, name):
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENS / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, browser, jupyterlab):
+    """A folder with copies of the notebooks, each with the parameters of the profile quick."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(notebooks.folder() / "images", folder / "images")
+    params = notebooks.folder() / "params"
+    for each in notebooks.available():
+        shutil.copy(each.path, folder)
+        own = params / "quick" / each.path.name.replace(".ipynb", ".yaml")
+        values = yaml.safe_load((params / "quick.yaml").read_text("utf-8"))
+        values |= yaml.safe_load(own.read_text("utf-8")) if own.exists() else {}
+        known = notebooks.parameters(each.path)
+        book = load_notebook_node(str(each.path))
+        book.metadata.kernelspec["language"] = "python"
+        book = parameterize_notebook(book, {k: v for k, v in values.items() if k in known})
+        nbformat.write(book, folder / f"quick_{each.name}.ipynb")
+    parts = STOPPED.strip().split("\n# cell\n")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell(part) for part in parts]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "stop.ipynb")
+    return folder, jupyterlab(folder, LABKIT_RUNS=str(folder), WANDB_MODE="disabled")
+
+
+@pytest.fixture
+def lab(browser, place):
+    folder, address = place
+    context = browser.new_context(viewport={"width": 1300, "height": 1000})
+    yield (opened := Lab(context.new_page(), address, folder))
+    context.close()
+    assert not opened.errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_reads_well_before_it_is_run(lab, name):
+    lab.open(name)
+    page, book = lab.page, nbformat.read(lab.folder / f"{name}.ipynb", as_version=4)
+    page.wait_for_function(f"document.querySelectorAll('.jp-Cell').length == {len(book.cells)}")
+    pictures = page.locator(".jp-Notebook img")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.jp-Notebook img')].every(i => i.naturalWidth > 0)"
+    )
+    assert pictures.count() >= str(book).count("image/png': 'iVBOR")
+    text = page.locator(".jp-Notebook").inner_text()
+    assert "Error displaying widget" not in text and "model not found" not in text
+    assert page.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+    lab.screen(name)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_run_all_and_move_every_widget(lab, name):
+    lab.open(f"quick_{name}")
+    lab.run_all()
+    lab.ran()
+    code = [cell for cell in lab.saved(f"quick_{name}").cells if cell.cell_type == "code"]
+    failed = [o for cell in code for o in cell.outputs if o.output_type == "error"]
+    assert not failed and all(cell.execution_count for cell in code if cell.source.strip())
+    boxes = lab.page.locator(".widget-vbox[class*=labkit-]")
+    moved = 0
+    for box in boxes.all():
+        box.scroll_into_view_if_needed()
+        shown = box.locator(".widget-output")
+        before = shown.inner_html()
+        for handle in box.locator(".noUi-handle").all():
+            handle.focus()
+            lab.page.keyboard.press("ArrowRight")
+        for choice in box.locator("select").all():
+            choice.select_option(index=choice.locator("option").count() - 1)
+        for field in box.locator(".widget-text input, .widget-combobox input").all():
+            field.fill("Where is the mill?")
+            field.press("Enter")
+        lab.finish()
+        assert shown.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+        moved += shown.inner_html() != before
+    assert moved == boxes.count()
+    lab.screen(f"{name}_widgets")
+    lab.shut_down()
+
+
+def test_a_training_is_stopped_and_begins_again(lab):
+    lab.open("stop")
+    page, stopped = lab.page, re.compile(r"stopped at step \d+ of 4000: the model keeps")
+    lab.run_all()
+    page.locator("progress").wait_for()
+    lab.screen("training")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_text(stopped).first.wait_for()
+    lab.finish()
+    page.locator(".jp-CodeCell").nth(1).locator(".jp-InputArea-prompt").click()
+    page.keyboard.press("Control+Enter")
+    page.locator("progress").wait_for()
+    page.keyboard.press("i")
+    page.keyboard.press("i")
+    page.get_by_text(stopped).first.wait_for()
+    lab.finish()
+    page.locator(".jp-CodeCell").nth(2).locator(".jp-InputArea-prompt").click()
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("2 begun at the same loss: True").wait_for()
+    outputs = [o for cell in lab.saved("stop").cells for o in cell.outputs]
+    assert all(output.output_type != "error" for output in outputs)
+    lab.shut_down()
