@@ -9,7 +9,7 @@ from typing import Any
 from . import evaluation, tinytown
 from .record import Run
 from .show import Table
-from .templates import Row
+from .templates import Row, prompt_text
 from .training import TrainConfig, TrainResult, fit, sft_loss
 
 
@@ -61,3 +61,10 @@ class Scores:
             shown = {k: f"{v:.1%}" if k in self.asked else v for k, v in found.items()}
             rows.append({"model": name} | shown)
         return self.run.table("scores", rows)
+
+    def ask(self, networks: Mapping[str, Any]) -> Any:
+        """A box: the models, by name, answer what the reader types; some questions are offered."""
+        from .widgets import ask
+
+        questions = [prompt_text(row) for row in next(iter(self.asked.values()))[:8]]
+        return ask(networks, self.tokenizer, questions, template=self.template)

@@ -1,5 +1,6 @@
 """The environment files agree, and the package imports fast."""
 
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def test_conda_environment_agrees_with_the_project():
     assert python.removeprefix("python").strip() == PROJECT["requires-python"] and tool == "pip"
     options = ["--constraint requirements.lock", "--editable ."]
     assert sorted(nested["pip"]) == sorted(PINS + options)
+
+
+def test_the_dev_container_has_a_supported_python_and_sets_up_by_make():
+    found = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text("utf-8"))
+    version = re.fullmatch(r"python:3\.(\d+)-\w+", found["image"])[1]
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
+    assert int(low) <= int(version) < int(high) and found["postCreateCommand"] == "make setup"
 
 
 HEAVY = set("torch transformers trl peft datasets wandb matplotlib papermill".split())

@@ -36,6 +36,9 @@ def test_a_main_training_is_logged_and_scores_are_metrics(run, tiny_model, tiny_
         "training",
         "evaluation",
     }
+    question, _, answers = scores.ask({"LoRA": model}).children
+    assert question.value == "river 0" and len(question.options) == 8
+    assert "mill" in str(answers.outputs)
     lab.tune(run, model, rows, **settings)
     assert len(run.record["history"]) == result.steps  # only the main training's
 
