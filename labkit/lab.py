@@ -13,14 +13,24 @@ from .templates import Row, prompt_text
 from .training import TrainConfig, TrainResult, fit, sft_loss
 
 
-def tune(run: Run, network: Any, examples: Any, main: bool = False, **config: Any) -> TrainResult:
+def tune(
+    run: Run,
+    network: Any,
+    examples: Any,
+    main: bool = False,
+    eval_examples: Any = None,
+    **config: Any,
+) -> TrainResult:
     """SFT of what trains in `network`, by `TrainConfig`'s fields; the run has the time it took.
 
-    The `main` training of a notebook is logged, and has its checkpoints in the run's folder.
+    The `main` training of a notebook is logged, and has its checkpoints in the run's folder. The
+    loss of `eval_examples` is shown beside that of training.
     """
-    log, place = (run.log, run.path("checkpoints")) if main else (None, None)
+    more: dict[str, Any] = {"eval_examples": eval_examples}
+    if main:
+        more |= {"log": run.log, "output_dir": run.path("checkpoints")}
     with run.timed("training"):
-        return fit(network, examples, sft_loss, TrainConfig(**config), log=log, output_dir=place)
+        return fit(network, examples, sft_loss, TrainConfig(**config), **more)
 
 
 class Scores:

@@ -41,7 +41,8 @@ def differs(question: str) -> str:
         points = [{names.get(name, name): p[name] for name in p} for p in points]
     found = []
     for name in [name for name in this_run if points and name in points[0] and name != "device"]:
-        values, own = [p.get(name) for p in points], this_run[name]
+        values: list[Any] = [p.get(name) for p in points]
+        own = this_run[name]
         floats = isinstance(own, float) and isinstance(values[0], float)
         rounded = floats and math.isclose(own, values[0], rel_tol=0.02)  # 0.33 for a third
         if values == values[:1] * len(values) and values[0] != own and not rounded:
