@@ -14,6 +14,7 @@ import gc
 import itertools
 import os
 import textwrap
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -65,11 +66,12 @@ class Plan:
         """The plan of the first milder setting that fits, or None; itself, if it does."""
         if self.fits is not False:
             return self
-        for setting in _milder(self.setting, self.names):
-            parts = simulate(self.config, setting, self.depths)
-            if (milder := replace(self, setting=setting, parts=parts)).fits:
-                return milder
-        return None
+        milder = [*_milder(self.setting, self.names)]
+        first = bisect_left(milder, True, key=lambda setting: bool(self._at(setting).fits))
+        return self._at(milder[first]) if first < len(milder) else None
+
+    def _at(self, setting: Setting) -> Plan:
+        return replace(self, setting=setting, parts=simulate(self.config, setting, self.depths))
 
     @property
     def advice(self) -> str:
@@ -154,6 +156,9 @@ def _milder(s: Setting, names: Mapping[str, str] | None) -> Iterator[Setting]:
             yield s
 
 
+_networks: dict[str, tuple[Any, int, tuple[int, ...]]] = {}  # parameters and depths, by what it is
+
+
 def plan(
     model: Any = "tinytown",
     technique: str = "lora",
@@ -173,8 +178,13 @@ def plan(
     config = tinytown.base_folder() if model == "tinytown" else getattr(model, "config", model)
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config)
-    network = models.meta_model(config)
-    config, count = network.config, models.parameter_counts(network).total
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**config)
+    if (key := config.to_json_string()) not in _networks:
+        network = models.meta_model(config)
+        facts = models.parameter_counts(network).total, depths(network)
+        _networks[key] = network.config, *facts
+    config, count, found = _networks[key]
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
     name = model if isinstance(model, str) else config.name_or_path or config.model_type
     device = models.find_device() if device == "auto" else device.partition(":")[0]
@@ -182,7 +192,7 @@ def plan(
         half = device == "cuda" or (models.cpu_has_bf16() and count >= 1_000_000)
         precision = "mixed" if half else "fp32"
     fixed: dict[str, Any] = {"technique": technique, "device": device, "precision": precision}
-    setting, found = Setting(**fixed, **options), depths(network)
+    setting = Setting(**fixed, **options)
     memory = free(device) if device_memory is None else float(device_memory)
     parts = simulate(config, setting, found)
     return Plan(f"{name}, {size} parameters", config, found, setting, memory, parts)

@@ -256,8 +256,18 @@ def depths(network: Any) -> tuple[int, ...]:
     return (3, 2) if alike and len(blocks) > 3 else (len(blocks),)
 
 
+_known: dict[Any, dict[str, float]] = {}  # a slider that comes back has its answer
+
+
 def simulate(config: Any, s: Setting, depths: tuple[int, ...]) -> dict[str, float]:
     """The parts of a run at its most, bytes by name, from steps of models of `depths` blocks."""
+    key = config.to_json_string(), s, depths
+    if key not in _known:
+        _known[key] = _simulate(config, s, depths)
+    return dict(_known[key])
+
+
+def _simulate(config: Any, s: Setting, depths: tuple[int, ...]) -> dict[str, float]:
     phases, *fewer = (_phases(config, depth, s) for depth in depths)
     added = config.get_text_config().num_hidden_layers - depths[0]
     for less in fewer:
