@@ -11,6 +11,7 @@ then every arm trains from there (`base` and `SFT` do not train), on the same pr
 episodes:
 
     full              PPO against the reward model, at several betas: over-optimization
+    pushed            the same at twice the learning rate, where the reward is pursued too hard
     no SFT            the same, from the base, against the reward model that SFT made possible
     no SFT anywhere   from the base, against one trained from the base on written rankings
     no reward model   PPO against a head that was never trained on rankings
@@ -20,7 +21,7 @@ episodes:
 
 Learning rates are those of the best objective (learned reward, less the penalty and beta · KL) on
 other prompts at a seed of their own; the gold judge has no say. `full` uses one rate for all betas,
-`gold` and `no reward model` too; `no SFT` that of `no SFT anywhere`.
+`gold` and `no reward model` too, `pushed` its double; `no SFT` that of `no SFT anywhere`.
 
 Each run keeps its curves over training (learned reward, gold score and its three parts, KL as k1,
 length, entropy, EOS rate). On held-out prompts, the same for all arms and seeds and with the same
@@ -63,6 +64,7 @@ RATES = {key: (3e-5, 1e-4, 3e-4) for key in (FULL, WITHOUT)}
 RATES |= {(method, 0.2): (1e-4, 3e-4, 1e-3) for method in critic_free.METHODS}
 CONDITIONS: Any = {("base", 0.0): 0.0, ("SFT", 0.0): 0.0}
 CONDITIONS |= {("full", beta): FULL for beta in BETAS} | {key: key for key in RATES}
+CONDITIONS |= {("pushed", beta): FULL for beta in BETAS if beta != 0.1}
 CONDITIONS |= {("gold", 0.2): FULL, ("no reward model", 0.2): FULL, ("no SFT", 0.2): WITHOUT}
 CURVES = ("reward", "length", "entropy", "end_rate", "explained_variance", "clip_fraction")
 TOKENS, PENALTY = 48, 1.0  # of a response at most; for one that did not end
@@ -198,6 +200,7 @@ def trained(model: Any, tokenizer: Any, learned: Any, target: Any, point: Row) -
         entry |= tinytown.scores(rollout.rows, rollout.responses)
         history.append({name: round(value, 4) for name, value in entry.items()})
 
+    given["learning_rate"] = point["learning_rate"] * (1 + (point["arm"] == "pushed"))
     config = common.config(ppo.PPOConfig, point, **given)
     ppo.train(model, tokenizer, rows, target, config, on_rollout=note, progress=False)
     return history
