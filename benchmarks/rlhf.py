@@ -64,7 +64,7 @@ RATES = {key: (3e-5, 1e-4, 3e-4) for key in (FULL, WITHOUT)}
 RATES |= {(method, 0.2): (1e-4, 3e-4, 1e-3) for method in critic_free.METHODS}
 CONDITIONS: Any = {("base", 0.0): 0.0, ("SFT", 0.0): 0.0}
 CONDITIONS |= {("full", beta): FULL for beta in BETAS} | {key: key for key in RATES}
-CONDITIONS |= {("pushed", beta): FULL for beta in BETAS if beta != 0.1}
+CONDITIONS |= {("pushed", beta): FULL for beta in (0.0, 0.2)}
 CONDITIONS |= {("gold", 0.2): FULL, ("no reward model", 0.2): FULL, ("no SFT", 0.2): WITHOUT}
 CURVES = ("reward", "length", "entropy", "end_rate", "explained_variance", "clip_fraction")
 TOKENS, PENALTY = 48, 1.0  # of a response at most; for one that did not end
