@@ -170,7 +170,9 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
     if percent:
         axes.set_ylim(1.1 * lowest, 1.02)  # a gold score may be negative
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _with_legend(figure, axes, groups)
+    if grouped:  # bars leave no room inside
+        figure.legend(loc="outside lower center", ncols=4)
+    return figure
 
 
 @_style()
