@@ -74,7 +74,11 @@ def test_grouped_bars_keep_the_heights():
 def test_every_text_of_a_figure_can_be_chinese(monkeypatch):
     monkeypatch.setattr(plots, "_CJK_FONTS", "DejaVu Serif, Not Installed")
     axes = plots.bars({"河边": {"磨坊": 1.0}, "b": {"磨坊": 2.0}}, title="t", ylabel="y").axes[0]
-    for text in (axes.title, axes.legend_.get_texts()[0], axes.get_xticklabels()[0]):
+    for text in (
+        axes.title,
+        (axes.legend_ or axes.figure.legends[0]).get_texts()[0],
+        axes.get_xticklabels()[0],
+    ):
         assert text.get_fontfamily() == ["DejaVu Sans", "DejaVu Serif"]
 
 
