@@ -26,7 +26,7 @@ def show(value: Any) -> str:
 def _texts(values: list[Any]) -> list[str]:
     """A column: floats of like size with as many decimals as give the largest four digits."""
     sizes = [abs(v) for v in values if isinstance(v, float) and v and math.isfinite(v)]
-    if not sizes or max(sizes) > 1000 * min(sizes):
+    if not sizes or max(sizes) > 100 * min(sizes):
         return [*map(show, values)]
     decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
     return [f"{v:,.{decimals}f}" if isinstance(v, float) else show(v) for v in values]
