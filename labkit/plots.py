@@ -205,7 +205,9 @@ def histograms(pictures: Mapping[str, Mapping[str, Sequence[float]]], *, title: 
         shares = [[100 / len(found)] * len(found) for found in named.values()]
         if named:
             axes.hist(list(named.values()), bins=15, weights=shares, label=list(named))
-        _with_legend(figure, axes, named)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    if any(names):
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
     return figure
 
 
