@@ -13,16 +13,16 @@ import urllib.request
 
 import nbformat
 import pytest
-import yaml
 from conftest import HERE
 
-from labkit import notebooks
+from labkit import cli, notebooks
 
 SCREENS = HERE.parent / "build" / "screens"
 NAMES = [notebook.name for notebook in notebooks.available()]
 RUN = NAMES if os.environ.get("LABKIT_BROWSER") else ["02_lora"]
 # JupyterLab's own, of extensions and files that a fresh installation does not have.
-HARMLESS = re.compile(r"favicon|Failed to load resource|plugin|requestAnimationFrame|WebSocket")
+HARMLESS = re.compile(r"Failed to load resource: the server responded with a status of 404")
+RED = "[data-mime-type*=stderr]"  # errors, and what is written to the standard error
 STOPPED = """
 from labkit import data, models, tinytown
 from labkit.training import TrainConfig, fit, sft_loss
@@ -64,7 +64,7 @@ class Lab:
         """Waits until all cells have run, or one has failed."""
         numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every("
         numbered += r"each => /\[\d+\]/.test(each.textContent))"
-        failed = "document.querySelector('.jp-OutputArea-output[data-mime-type*=error]')"
+        failed = f"document.querySelector('{RED} .ansi-red-fg')"
         self.page.wait_for_function(f"{numbered} || {failed}", timeout=1000 * seconds)
 
     def finish(self, seconds=60):
@@ -103,21 +103,18 @@ def place(tmp_path_factory, browser, jupyterlab):
 
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(notebooks.folder() / "images", folder / "images")
-    params = notebooks.folder() / "params"
     for each in notebooks.available():
         shutil.copy(each.path, folder)
-        own = params / "quick" / each.path.name.replace(".ipynb", ".yaml")
-        values = yaml.safe_load((params / "quick.yaml").read_text("utf-8"))
-        values |= yaml.safe_load(own.read_text("utf-8")) if own.exists() else {}
-        known = notebooks.parameters(each.path)
         book = load_notebook_node(str(each.path))
         book.metadata.kernelspec["language"] = "python"
-        book = parameterize_notebook(book, {k: v for k, v in values.items() if k in known})
+        book = parameterize_notebook(book, cli._profile("quick", each.path))
         nbformat.write(book, folder / f"quick_{each.name}.ipynb")
     parts = STOPPED.strip().split("\n# cell\n")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    cells = [nbformat.v4.new_code_cell(part) for part in parts]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "stop.ipynb")
+    for name, texts in {"stop": parts, "fails": ["1 / 0", "2"]}.items():
+        cells = [nbformat.v4.new_code_cell(text) for text in texts]
+        book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+        nbformat.write(book, folder / f"{name}.ipynb")
     return folder, jupyterlab(folder, LABKIT_RUNS=str(folder), WANDB_MODE="disabled")
 
 
@@ -142,7 +139,7 @@ def test_every_notebook_reads_well_before_it_is_run(lab, name):
     assert pictures.count() >= str(book).count("image/png': 'iVBOR")
     text = page.locator(".jp-Notebook").inner_text()
     assert "Error displaying widget" not in text and "model not found" not in text
-    assert page.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+    assert page.locator(RED).count() == 0
     lab.screen(name)
 
 
@@ -169,10 +166,18 @@ def test_run_all_and_move_every_widget(lab, name):
             field.fill("Where is the mill?")
             field.press("Enter")
         lab.finish()
-        assert shown.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+        assert shown.locator(RED).count() == 0
         moved += shown.inner_html() != before
     assert moved == boxes.count()
     lab.screen(f"{name}_widgets")
+    lab.shut_down()
+
+
+def test_a_failing_cell_is_seen(lab):
+    lab.open("fails")
+    lab.run_all()
+    lab.ran(60)
+    assert "ZeroDivisionError" in lab.page.locator(RED).inner_text()
     lab.shut_down()
 
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from labkit import notebooks
+from labkit import cli, notebooks
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -116,6 +116,8 @@ def test_profiles_hold_good_values_of_parameters_that_exist():
         known |= set(notebooks.parameters(path)) | set(notebooks.renamed(path))
         for file in params.glob(f"*/{path.stem}.yaml"):
             notebooks.validate(yaml.safe_load(file.read_text("utf-8")), path)
+        for file in params.glob("*.yaml"):  # and with what all notebooks share
+            notebooks.validate(cli._profile(file.stem, path), path)
     for file in params.glob("*.yaml"):
         assert set(yaml.safe_load(file.read_text("utf-8"))) <= known, file.name
 
