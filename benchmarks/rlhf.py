@@ -200,7 +200,7 @@ def trained(model: Any, tokenizer: Any, learned: Any, target: Any, point: Row) -
         entry |= tinytown.scores(rollout.rows, rollout.responses)
         history.append({name: round(value, 4) for name, value in entry.items()})
 
-    given["learning_rate"] = point["learning_rate"] * (1 + (point["arm"] == "pushed"))
+    given["learning_rate"] = point["learning_rate"] * (2 if point["arm"] == "pushed" else 1)
     config = common.config(ppo.PPOConfig, point, **given)
     ppo.train(model, tokenizer, rows, target, config, on_rollout=note, progress=False)
     return history

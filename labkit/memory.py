@@ -156,9 +156,6 @@ def _milder(s: Setting, names: Mapping[str, str] | None) -> Iterator[Setting]:
             yield s
 
 
-_networks: dict[str, tuple[Any, int, tuple[int, ...]]] = {}  # parameters and depths, by what it is
-
-
 def plan(
     model: Any = "tinytown",
     technique: str = "lora",
@@ -178,13 +175,8 @@ def plan(
     config = tinytown.base_folder() if model == "tinytown" else getattr(model, "config", model)
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config)
-    if isinstance(config, dict):
-        config = AutoConfig.for_model(**config)
-    if (key := config.to_json_string()) not in _networks:
-        network = models.meta_model(config)
-        facts = models.parameter_counts(network).total, depths(network)
-        _networks[key] = network.config, *facts
-    config, count, found = _networks[key]
+    network = models.meta_model(config)
+    config, count = network.config, models.parameter_counts(network).total
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
     name = model if isinstance(model, str) else config.name_or_path or config.model_type
     device = models.find_device() if device == "auto" else device.partition(":")[0]
@@ -192,7 +184,7 @@ def plan(
         half = device == "cuda" or (models.cpu_has_bf16() and count >= 1_000_000)
         precision = "mixed" if half else "fp32"
     fixed: dict[str, Any] = {"technique": technique, "device": device, "precision": precision}
-    setting = Setting(**fixed, **options)
+    setting, found = Setting(**fixed, **options), depths(network)
     memory = free(device) if device_memory is None else float(device_memory)
     parts = simulate(config, setting, found)
     return Plan(f"{name}, {size} parameters", config, found, setting, memory, parts)

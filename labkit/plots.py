@@ -170,9 +170,7 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
     if percent:
         axes.set_ylim(1.1 * lowest, 1.02)  # a gold score may be negative
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    if grouped:  # bars leave no room inside
-        figure.legend(loc="outside lower center", ncols=4)
-    return figure
+    return _with_legend(figure, axes, groups, below=True)
 
 
 @_style()
@@ -205,10 +203,7 @@ def histograms(pictures: Mapping[str, Mapping[str, Sequence[float]]], *, title: 
         shares = [[100 / len(found)] * len(found) for found in named.values()]
         if named:
             axes.hist(list(named.values()), bins=15, weights=shares, label=list(named))
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    if any(names):
-        figure.legend(handles, names, loc="outside lower center", ncols=4)
-    return figure
+    return _with_legend(figure, figure.axes[0], next(iter(pictures.values())), below=True)
 
 
 @_style()
@@ -236,7 +231,10 @@ def _mean_std(values: Iterable[Any]) -> tuple[list[float], list[float]]:
     return [fmean(xs) for xs in seeds], [stdev(xs) if len(xs) > 1 else 0.0 for xs in seeds]
 
 
-def _with_legend(figure: Any, axes: Any, labels: Mapping[str, Any]) -> Any:
-    if any(labels):
+def _with_legend(figure: Any, axes: Any, labels: Mapping[str, Any], below: bool = False) -> Any:
+    """`below` the axes, where bars leave no room inside."""
+    if any(labels) and below:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    elif any(labels):
         axes.legend()
     return figure
