@@ -74,6 +74,7 @@ def explore(function: Callable[..., Any], **controls: Any) -> Any:
 
     update()
     for control in controls.values():
+        control.style.description_width = "8em"  # else "temperature" and longer words are cut
         control.observe(update, "value")
     return Explorer([*controls.values(), view])
 
