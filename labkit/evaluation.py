@@ -54,7 +54,7 @@ class Evaluation:
     def marked(self) -> list[str]:
         """The responses, each after a ✓ or a ✗."""
         both = zip(self.correct, self.responses, strict=True)
-        return [f"{'✓' if right else '✗'} {text}" for right, text in both]
+        return [f"{'✓' if right else '✗'} {text.lstrip()}" for right, text in both]
 
     def by(self, key: str) -> dict[Any, tuple[float, int]]:
         """Accuracy and number of rows for each value of a column, such as `task` or `lang`."""

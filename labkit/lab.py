@@ -61,7 +61,9 @@ class Scores:
                 rows = tinytown.in_own_form(rows) if own_form else rows
                 exact = evaluation.exact(network, self.tokenizer, rows, template=template)
                 found[key] = exact.accuracy
-                self.answers.setdefault(name, exact.marked)
+                both = zip(rows, exact.marked, strict=True)  # in own form up to the next question
+                said = [tinytown.tasks.answer_in_own_form(row, text) for row, text in both]
+                self.answers.setdefault(name, said)
         self.of[name], short = found | more, re.sub(r"\W+", "_", name.replace(" = ", "")).lower()
         self.run.metric(**{f"{key}_{short}": value for key, value in self.of[name].items()})
 

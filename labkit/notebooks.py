@@ -185,7 +185,8 @@ def clean(path: Path) -> None:
     nb.cells = [cell for cell in nb.cells if "papermill-error-cell" not in cell.source]
     for cell in nb.cells:
         tags = [tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill-")]
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        folded = {k: v for k, v in cell.metadata.items() if k == "jupyter"}  # its code, that is
+        cell.metadata = nbformat.from_dict(({"tags": tags} if tags else {}) | folded)
         if "outputs" in cell:  # of a widget, its copy is kept
             cell.outputs = [output for output in cell.outputs if not _dead(output)]
         for output in cell.get("outputs", []):

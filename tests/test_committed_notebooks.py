@@ -53,7 +53,7 @@ def test_a_valid_small_file_executed_in_order_without_stray_metadata(path):
     about = nb.metadata.labkit
     assert about.question and type(about.seconds_cpu) is type(about.memory_mb) is int
     assert isinstance(about.claims, list)
-    assert all(set(cell.metadata) <= {"tags"} for cell in nb.cells)
+    assert all(set(cell.metadata) <= {"tags", "jupyter"} for cell in nb.cells)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     lengths = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in cells]
     assert min(lengths) > 0 and max(lengths[1:]) <= 30  # the first holds the parameters
@@ -86,6 +86,19 @@ def test_a_question_and_a_prediction_come_first_and_the_sections_once_in_order(p
     assert "question" in before and "prediction" in before
     order = LESSON if LESSON[0] in titles(nb.cells) else SECTIONS
     assert [title for title in titles(nb.cells) if title in order] == order
+
+
+@each_technique
+def test_what_only_keeps_books_is_folded_and_little_code_is_left_to_read(path):
+    nb, cells = read(path)
+    folded = [cell for cell in cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    for name in ("In short", "Prediction and outcome", "Interview question", "Next"):
+        code = [cell for cell in section(nb, name) if cell.cell_type == "code"]
+        assert all(cell in folded for cell in code), name
+    for name in ("Write it yourself", "With the libraries", "Train"):
+        assert not any(cell in folded for cell in section(nb, name)), name
+    lines = [line for cell in cells if cell not in folded for line in cell.source.splitlines()]
+    assert sum(bool(line.strip()) and line.strip()[0] != "#" for line in lines) <= 270
 
 
 @each_technique
