@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from labkit.files import write_text
 
 _COPY = re.compile(r'<div class="labkit-\w+-copy"><style>.*?</style>(.*)</div>', re.DOTALL)
+_DRAWN = re.compile(r"(<br>)?<figure.*?</figure>|<svg.*?</svg>", re.DOTALL)
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
 ABOUT |= {"learns": "answers"}  # or "preferences", "prompts": what its `data` must hold
 ABOUT |= {"verdicts": []}  # number, claim and verdict of each claim, as last committed
@@ -193,8 +194,10 @@ def clean(path: Path) -> None:
             data = output.get("data", {})
             if "image/png" in data:  # GitHub shows no pictures in HTML
                 data.pop("text/html", "")
-            if "text/html" in data:  # without what hides a copy beside its live widget
-                data["text/html"] = _COPY.sub(r"\1", data["text/html"])
+            if "text/html" in data:
+                # Without what hides a copy beside its live widget, and without drawings, of which
+                # GitHub and JupyterLab leave the captions.
+                data["text/html"] = _DRAWN.sub("", _COPY.sub(r"\1", data["text/html"]))
             if "metadata" in output:  # of a picture, its size and what it shows
                 kept = {k: v for k, v in output.metadata.items() if k == "image/png"}
                 output.metadata = nbformat.from_dict(kept)

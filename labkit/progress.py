@@ -87,7 +87,7 @@ class Live(AbstractContextManager):
             where = STOPPED.format(step, last)
         elif step < last:
             when = f"{duration(seconds / max(step - self.begun, 1) * (last - step))} left"
-        text = f"{where} · {shown} · {when}"
+        text = " · ".join(filter(None, (where, shown, when)))
         return f"{self.label}: {text}" if self.label else text
 
     def _interrupted(self, *_: Any) -> None:
