@@ -142,8 +142,9 @@ def supervised(model: Any, tokenizer: Any, place: Path, point: Row, few: bool = 
 def online(model: Any, tokenizer: Any, place: Path, point: Row, few: bool = False) -> int:
     """PPO or RLOO; returns the bytes of the reward model."""
     learned = reward.RewardModel.load(reward_model(place, point), str(model.device))
-    prompts = {"prompts": point["rollout_prompts"], "batch_size": point["episodes"]}
-    given = point | prompts | {"arm": ONLINE[point["arm"]]} | ({"steps": 1} if few else {})
+    own = {"prompts": point["rollout_prompts"], "batch_size": point["episodes"]}
+    own["beta"] = point["online_beta"]
+    given = point | own | {"arm": ONLINE[point["arm"]]} | ({"steps": 1} if few else {})
     rlhf.trained(model, tokenizer, learned, learned, given)
     return memory.held(learned.network)
 
@@ -268,8 +269,9 @@ def votes(ours: Sequence[float], theirs: Sequence[float], point: Row) -> tuple[A
 
 
 if __name__ == "__main__":
-    made = {"reward_rate": 5e-4, "steps": 20, "episodes": 128, "minibatch_size": 32, "beta": 0.2}
-    made |= {"critic_free_epochs": 1, "rollout_prompts": 2000, "batch_size": 16, "orpo_epochs": 3.0}
+    made = {"reward_rate": 5e-4, "steps": 20, "episodes": 128, "minibatch_size": 32}
+    made |= {"online_beta": 0.2, "critic_free_epochs": 1, "rollout_prompts": 2000}
+    made |= {"batch_size": 16, "orpo_epochs": 3.0}
     counts = {"test_prompts": 200, "questions": 200, "judged": 100, "voted": 60}
     args = sweep.arguments(__doc__, seeds=5, workers=1, **rlhf.MADE, **made, **counts)
     for seed, place in rlhf.prepare_all(args):
