@@ -25,21 +25,24 @@ logger = logging.getLogger("labkit")
 
 class Pair(NamedTuple):
     """Two responses to one prompt; `reference` (2,) are their log-probabilities under a reference
-    model, the chosen one's first."""
+    model, the chosen one's first; `label` is the probability that this one is better, if in doubt.
+    """
 
     chosen: Example
     rejected: Example
     reference: np.ndarray | None = None
+    label: float = 1.0
 
 
 @dataclass
 class PairBatch(Batch):
     """A batch of P pairs: examples 2i and 2i + 1 are the chosen and the rejected one of pair i.
 
-    `reference` (P, 2) as in `Pair`; `prompts` (E,) are the lengths of the prompts.
+    `reference` (P, 2) and `labels` (P,) as in `Pair`; `prompts` (E,) are the prompts' lengths.
     """
 
     reference: Tensor | None
+    labels: Tensor
     prompts: Tensor
 
     @property
@@ -64,7 +67,10 @@ def pack_pairs(
         examples[::2] = [Example(e.ids, np.ones_like(e.mask)) for e in examples[::2]]
     batch = pack(examples, packing)
     reference = torch.tensor(np.stack(known)) if len(known) == len(pairs) else None
-    return PairBatch(**vars(batch), reference=reference, prompts=torch.tensor(prompts))
+    labels = torch.tensor([pair.label for pair in pairs])
+    return PairBatch(
+        **vars(batch), reference=reference, labels=labels, prompts=torch.tensor(prompts)
+    )
 
 
 def best_first(row: Row) -> list[str]:

@@ -150,14 +150,14 @@ def soft(pairs, labels, seed=0):
     random = np.random.default_rng(seed)
     reference = random.normal(size=(len(pairs), 2)).astype(np.float32) - 20
     rows = zip(pairs, reference, labels, strict=True)
-    return [cai.SoftPair(p.chosen, p.rejected, known, label) for p, known, label in rows]
+    return [dpo.Pair(p.chosen, p.rejected, known, label) for p, known, label in rows]
 
 
 def test_labels_of_one_are_dpo_and_of_zero_dpo_the_other_way_round(tiny_model, make_pairs):
     pairs, config, model = make_pairs(), dpo.DPOConfig(beta=0.3), tiny_model()
     for label in (1.0, 0.0):
         some = soft(pairs, [label] * 5)
-        batch = cai.pack_soft(some)
+        batch = pack_pairs(some)
         if not label:
             some = [
                 s._replace(chosen=s.rejected, rejected=s.chosen, reference=s.reference[::-1])
@@ -174,7 +174,7 @@ def test_one_label_for_all_is_dpo_with_label_smoothing(tiny_model, make_pairs):
     some = soft(pairs, [0.8] * 5)
     hard = pack_pairs([dpo.Pair(*s[:3]) for s in some])
     smooth = dpo.DPOConfig(beta=0.3, label_smoothing=0.2)
-    ours = cai.pair_loss(model, cai.pack_soft(some), dpo.DPOConfig(beta=0.3))[0]
+    ours = cai.pair_loss(model, pack_pairs(some), dpo.DPOConfig(beta=0.3))[0]
     assert ours.item() == pytest.approx(dpo.pair_loss(model, hard, smooth)[0].item(), rel=1e-5)
 
 

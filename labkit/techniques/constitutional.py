@@ -17,7 +17,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -34,7 +33,7 @@ from labkit import generate, logprobs, models, training
 from labkit.batching import Example, pack
 from labkit.config import settings
 from labkit.formats import Row
-from labkit.pairs import PairBatch, encode_pairs, pack_pairs
+from labkit.pairs import Pair, PairBatch, encode_pairs, pack_pairs
 from labkit.respond import Respond
 from labkit.techniques import dpo, reward
 from labkit.templates import prompt_text
@@ -237,34 +236,13 @@ def soft_labels(both: np.ndarray, clamp: tuple[float, float] = (0.02, 0.98)) -> 
     return both.mean(1).clip(*clamp)
 
 
-class SoftPair(NamedTuple):
-    """A pair as in `labkit.pairs.Pair`; `label` is the probability that the first is better."""
-
-    chosen: Example
-    rejected: Example
-    reference: np.ndarray | None
-    label: float
-
-
-@dataclass
-class SoftBatch(PairBatch):
-    """A batch of P pairs with their `labels` (P,)."""
-
-    labels: Tensor
-
-
-def pack_soft(pairs: Sequence[SoftPair], packing: bool = True) -> SoftBatch:
-    labels = torch.tensor([pair.label for pair in pairs], dtype=torch.float32)
-    return SoftBatch(**vars(pack_pairs(pairs, packing)), labels=labels)  # type: ignore[arg-type]
-
-
 def loss(margins: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of P pairs, in nats: `margins` (P,) are log-odds, labels in [0, 1]."""
     return F.binary_cross_entropy_with_logits(margins.float(), labels)
 
 
 def pair_loss(
-    model: nn.Module, batch: SoftBatch, config: dpo.DPOConfig
+    model: nn.Module, batch: PairBatch, config: dpo.DPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO's `loss` with soft labels: what `training.fit` minimizes; metrics as DPO has them.
 
@@ -283,7 +261,7 @@ def pair_loss(
 
 def encode(
     rows: Sequence[Row], tokenizer: Any, *, max_length: int = 256, template: str = "auto"
-) -> list[SoftPair]:
+) -> list[Pair]:
     """Pairs of rows with `prompt`, `first`, `second` and `label`, the probability that first is better.
 
     Rows whose responses are empty or equal are left out, with a warning that counts them.
@@ -296,8 +274,7 @@ def encode(
     pairs = encode_pairs(named, tokenizer, max_length=max_length, template=template)
     if len(pairs) < len(kept):
         raise ValueError(f"max_length: cut to {max_length} tokens, some pairs are equal")
-    labels = [float(row["label"]) for row in kept]
-    return [SoftPair(*pair, label) for pair, label in zip(pairs, labels, strict=True)]  # type: ignore[misc]
+    return [p._replace(label=float(row["label"])) for p, row in zip(pairs, kept, strict=True)]
 
 
 def train(
@@ -313,13 +290,12 @@ def train(
     """
     config = config or dpo.DPOConfig()
     if (config.variant, config.label_smoothing, config.nll) != ("dpo", 0, 0):
-        raise ValueError(
-            "config: expected variant dpo without label_smoothing and nll: labels are soft"
-        )
+        expected = "variant dpo without label_smoothing and nll"
+        raise ValueError(f"config: expected {expected}: labels are soft")
     limit = models.fitting(model, config.max_length)
     pairs = encode(rows, tokenizer, max_length=limit, template=config.template)
-    pairs = dpo.with_reference(pairs, model)  # type: ignore[arg-type, assignment]
-    options |= dict(collate=pack_soft, dropout=False)
+    pairs = dpo.with_reference(pairs, model)
+    options |= dict(collate=pack_pairs, dropout=False)
     return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)
 
 
@@ -331,10 +307,10 @@ def preference_model(
     pairs = encode(rows, tokenizer, max_length=limit, template=config.template)
     scorer = reward.Scorer(reward.with_head(model, tokenizer, config.seed))
 
-    def score(scorer: nn.Module, batch: SoftBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(scorer: nn.Module, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         margins = torch.sub(*scorer(batch).view(-1, 2).unbind(1))
         right = ((margins > 0) == (batch.labels > 0.5)).float().mean()
         return loss(margins, batch.labels), {"accuracy": right.detach()}
 
-    training.fit(scorer, pairs, score, config, collate=pack_soft, **options)
+    training.fit(scorer, pairs, score, config, collate=pack_pairs, **options)
     return reward.RewardModel(scorer.network, tokenizer, config.template, limit)
