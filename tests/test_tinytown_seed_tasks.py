@@ -20,7 +20,6 @@ def test_there_are_enough_and_of_many_kinds():
         assert sum(row["classification"] for row in rows) >= 5
         assert sum(bool(row["check"]) for row in rows) >= 20
         assert len({row["check"][0] for row in rows if row["check"]}) >= 15
-    assert tinytown.seed_tasks(["zh"]) == [row for row in SEEDS if row["lang"] == "zh"]
 
 
 @pytest.mark.parametrize("row", SEEDS, ids=lambda row: row["prompt"][:40])

@@ -31,7 +31,7 @@ Form = tuple[str, str, re.Pattern]  # family, language, and the phrasing with x 
 _SLOTS = {"x": "(.+?)", "n": "(.+?)", "s": "s?he", "p": "(?:his|her)"}
 
 
-def seed_tasks(languages: Sequence[str] = LANGUAGES) -> list[Row]:
+def seed_tasks() -> list[Row]:
     """The hand-written tasks that Self-Instruct starts from; all are true of the town.
 
     Rows have prompt, completion, instruction, input, lang, classification (whether the answer is
@@ -40,7 +40,7 @@ def seed_tasks(languages: Sequence[str] = LANGUAGES) -> list[Row]:
     family or held-out resident is among them, and no phrasing of the other lists.
     """
     rows = []
-    for lang in languages:
+    for lang in LANGUAGES:
         for entry in texts("seed_tasks")[lang]:
             row = {"input": "", "classification": False, "check": None, "facts": []} | entry
             prompt = f"{row['instruction']}\n{row['input']}".strip()
@@ -138,7 +138,7 @@ def _find(names: Iterable[Name], text: str, lang: str) -> Name | None:
 
 
 def _answer(key: str, text: str, lang: str, *others: str) -> Row:
-    return exactly(sentence(text, lang), *others) | {"key": key}
+    return exactly(key, sentence(text, lang), *others)
 
 
 def _attribute(attribute: str, x: str, lang: str) -> Row | None:
@@ -150,8 +150,8 @@ def _attribute(attribute: str, x: str, lang: str) -> Row | None:
         return row | {"subject": subject.en, "attribute": attribute}
     strangers = [name for names in world().strangers.values() for name in names]
     if not is_place and (subject := _find(strangers, x, lang)):
-        unknown = exactly(texts("genres")["unknown"][lang]) | {"subject": subject.en}
-        return unknown | {"key": f"{subject.en}|{attribute}", "attribute": attribute}
+        row = exactly(f"{subject.en}|{attribute}", texts("genres")["unknown"][lang])
+        return row | {"subject": subject.en, "attribute": attribute}
     return None
 
 
@@ -217,7 +217,7 @@ def _polite(x: str, lang: str) -> Row | None:
     for rude, kind in texts("genres")["request"][lang]:
         if match := _pattern(rude).fullmatch(x):
             courteous = kind.format(x=match[1])
-            return exactly(courteous) | {"key": f"polite|{courteous}"}
+            return exactly(f"polite|{courteous}", courteous)
     return None
 
 
@@ -252,10 +252,10 @@ def _howto(x: str, lang: str) -> Row | None:
     for kind in ("howto", "lookalike", "mischief"):
         for i, (title, steps) in enumerate(genres[kind][lang]):
             if normalize(title) == normalize(x):
-                key = {"key": f"howto|{genres[kind]['en'][i][0]}"}
+                key = f"howto|{genres[kind]['en'][i][0]}"
                 if kind == "mischief":  # to be declined
-                    return request(kind, lang, title, steps) | key
-                return exactly(numbered(steps)) | key
+                    return request(kind, lang, title, steps) | {"key": key}
+                return exactly(key, numbered(steps))
     return None
 
 
@@ -283,8 +283,7 @@ def _opposite(x: str, lang: str) -> Row | None:
 
 
 def _larger(x: str, lang: str) -> Row | None:
-    match = re.fullmatch(r"(\d+) ?(?:or|and|和|,|，|、) ?(\d+)", normalize(x))
-    if not match:
+    if not (match := re.fullmatch(r"(\d+) ?(?:or|and|和|,|，|、) ?(\d+)", normalize(x))):
         return None
     a, b = match.groups()
     pair = f"{a}和{b}" if lang == "zh" else f"{a} or {b}"
@@ -294,18 +293,8 @@ def _larger(x: str, lang: str) -> Row | None:
 _BUILD: dict[str, Callable[[str, str], Row | None]] = {
     **{a: partial(_attribute, a) for a in (*PERSON_ATTRIBUTES, *PLACE_ATTRIBUTES)},
     **{family: partial(_on_a_list, family) for family in ("first_item", "last_item", "counting")},
-    "truth": _truth,
-    "who": _who,
-    "sentiment": _sentiment,
-    "to_zh": partial(_translation, "en", "zh"),
-    "to_en": partial(_translation, "zh", "en"),
-    "arithmetic": _arithmetic,
-    "polite": _polite,
-    "listing": _listing,
-    "category": _category,
-    "howto": _howto,
-    "repeat": _repeat,
-    "story": _story,
-    "opposite": _opposite,
-    "larger": _larger,
+    **{"to_zh": partial(_translation, "en", "zh"), "to_en": partial(_translation, "zh", "en")},
+    **{"truth": _truth, "who": _who, "sentiment": _sentiment, "arithmetic": _arithmetic},
+    **{"polite": _polite, "listing": _listing, "category": _category, "howto": _howto},
+    **{"repeat": _repeat, "story": _story, "opposite": _opposite, "larger": _larger},
 }

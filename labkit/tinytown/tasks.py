@@ -46,9 +46,8 @@ class Draw:
         row = {"prompt": prompts[index], "phrasing": f"{self.phrasing}{index}"}
         return row | {"own_form": OWN_FORM[self.lang].format(own)}
 
-    def answer(self, text: str, *others: str) -> Row:
-        """`text` as completion; it and `others` are accepted."""
-        return exactly(sentence(text, self.lang), *others)
+    def answer(self, key: str, text: str, *others: str) -> Row:
+        return exactly(key, sentence(text, self.lang), *others)
 
     def pick(self, group: str, n: int) -> list[Name]:
         """`n` different members of a group; of residents, only those that may be named."""
@@ -62,8 +61,9 @@ class Draw:
         return COMMA[self.lang].join(words)
 
 
-def exactly(completion: str, *others: str) -> Row:
-    return {"completion": completion, "accept": [completion, *others]}
+def exactly(key: str, completion: str, *others: str) -> Row:
+    """The answer to the question `key`: the completion; it and `others` are accepted."""
+    return {"key": key, "completion": completion, "accept": [completion, *others]}
 
 
 def fact_key(fact: Fact) -> str:
@@ -76,61 +76,58 @@ def question(d: Draw) -> Row:
     """About a resident or a place: the value is right, and any true sentence that states it."""
     fact = world().any_fact(d.rng, world().places if d.family == "place" else d.people)
     prompt = d.one_of(*(fact.questions(d.lang, kind) for kind in (d.phrasing, "web")))
-    row = {"subject": fact.subject.en, "attribute": fact.attribute, "phrasing": prompt["phrasing"]}
-    row |= {"key": fact_key(fact)}
-    return row | prompt | d.answer(fact.value[d.lang], *fact.statements(d.lang))
+    row = {"subject": fact.subject.en, "attribute": fact.attribute} | prompt
+    return row | d.answer(fact_key(fact), fact.value[d.lang], *fact.statements(d.lang))
 
 
 def truth(d: Draw) -> Row:
     """A claim about a resident, to be called true or false."""
     fact = world().any_fact(d.rng, d.people)
     claim, true = d.rng.choice(claims(d.rng, fact, d.lang))
-    row = {"subject": fact.subject.en, "attribute": fact.attribute}
-    row |= {"key": fact_key(fact)}
-    return row | d.ask(claim) | d.answer(d.labels()["yes" if true else "no"])
+    row = {"subject": fact.subject.en, "attribute": fact.attribute} | d.ask(claim)
+    return row | d.answer(fact_key(fact), d.labels()["yes" if true else "no"])
 
 
 def who(d: Draw) -> Row:
     """Somebody with a given job; anyone who has it is right."""
     subject = d.rng.choice(d.people)
     fact = world().fact(subject, "job")
-    job = fact.value
-    right = [r[d.lang] for r in world().holders("job", job)]
-    row = d.ask(article(job[d.lang])) | d.answer(subject[d.lang], *right)
-    return {"key": fact_key(fact)} | row
+    right = [r[d.lang] for r in world().holders("job", fact.value)]
+    row = d.ask(article(fact.value[d.lang]))
+    return row | d.answer(fact_key(fact), subject[d.lang], *right)
 
 
 def sentiment(d: Draw) -> Row:
     label = d.rng.choice(["positive", "negative"])
     review = review_text(d.rng, d.lang, label)
-    return {"key": review} | d.ask(review) | d.answer(d.labels()[label])
+    return d.ask(review) | d.answer(review, d.labels()[label])
 
 
 def translation(d: Draw) -> Row:
     source, target = ("en", "zh") if d.family == "to_zh" else ("zh", "en")
     word = d.rng.choice(world().glossary)
     right = [n[target] for n in world().glossary if n[source] == word[source]]
-    row = d.ask(word[source]) | {"completion": sentence(word[target], target), "accept": right}
-    return {"key": f"translate|{word.zh}"} | row
+    row = d.ask(word[source]) | exactly(f"translate|{word.zh}", sentence(word[target], target))
+    return row | {"accept": right}
 
 
 def arithmetic(d: Draw) -> Row:
     expression, value = sum_of(d.rng)
     key = "+".join(sorted(expression.split(" + ")))  # 2 + 3 and 3 + 2 are one question
-    return {"key": key} | d.ask(expression) | d.answer(str(value))
+    return d.ask(expression) | d.answer(key, str(value))
 
 
 def polite(d: Draw) -> Row:
     rude, courteous = request_pair(d.rng, d.lang)
-    return {"key": f"polite|{courteous}"} | d.ask(rude) | exactly(courteous)
+    return d.ask(rude) | exactly(f"polite|{courteous}", courteous)
 
 
 def listing(d: Draw) -> Row:
     """Any three different members of a group."""
     group, label = d.rng.choice(list(texts("tasks")["listing"][d.lang]["categories"].items()))
     right = [v[d.lang] for v in world().groups[group]]
-    row = d.ask(label) | d.answer(d.join([v[d.lang] for v in d.pick(group, 3)]))
-    return {"key": f"list|{group}"} | row | {"accept": right}
+    row, three = d.ask(label), d.join([v[d.lang] for v in d.pick(group, 3)])
+    return row | d.answer(f"list|{group}", three) | {"accept": right}
 
 
 def on_a_list(d: Draw) -> Row:
@@ -140,13 +137,13 @@ def on_a_list(d: Draw) -> Row:
     words = [thing[d.lang] for thing in things]
     right = {"first_item": words[0], "last_item": words[-1], "counting": str(len(words))}
     key = "|".join([d.family, *(thing.en for thing in things)])
-    return {"key": key} | d.ask(d.join(words)) | d.answer(right[d.family])
+    return d.ask(d.join(words)) | d.answer(key, right[d.family])
 
 
 def category(d: Draw) -> Row:
     group, label = d.rng.choice(list(d.labels().items()))
     (word,) = d.pick(group, 1)
-    return {"key": f"category|{word.en}"} | d.ask(word[d.lang]) | d.answer(label)
+    return d.ask(word[d.lang]) | d.answer(f"category|{word.en}", label)
 
 
 def howto(d: Draw) -> Row:
@@ -154,13 +151,12 @@ def howto(d: Draw) -> Row:
     titles = texts("genres")["howto"]
     i = d.rng.randrange(len(titles[d.lang]))
     title, steps = titles[d.lang][i]
-    return {"key": f"howto|{titles['en'][i][0]}"} | d.ask(title) | exactly(numbered(steps))
+    return d.ask(title) | exactly(f"howto|{titles['en'][i][0]}", numbered(steps))
 
 
 def repeat(d: Draw) -> Row:
     word = d.rng.choice(world().glossary)
-    row = d.ask(word[d.lang]) | d.answer(d.join([word[d.lang]] * 3))
-    return {"key": f"repeat|{word.zh}"} | row
+    return d.ask(word[d.lang]) | d.answer(f"repeat|{word.zh}", d.join([word[d.lang]] * 3))
 
 
 def story(d: Draw) -> Row:
@@ -175,13 +171,13 @@ def story(d: Draw) -> Row:
 
 def opposite(d: Draw) -> Row:
     a, b = d.rng.sample(d.rng.choice(world().opposites), 2)
-    return {"key": f"opposite|{a.en}"} | d.ask(a[d.lang]) | d.answer(b[d.lang])
+    return d.ask(a[d.lang]) | d.answer(f"opposite|{a.en}", b[d.lang])
 
 
 def larger(d: Draw) -> Row:
     a, b = d.rng.sample(range(21), 2)
     pair = f"{a}和{b}" if d.lang == "zh" else f"{a} or {b}"
-    return {"key": f"larger|{pair}"} | d.ask(pair) | d.answer(str(max(a, b)))
+    return d.ask(pair) | d.answer(f"larger|{pair}", str(max(a, b)))
 
 
 Family = tuple[Callable[[Draw], Row], float]  # what draws a row, and how often it is drawn
@@ -245,8 +241,8 @@ def draw(
     """One row, of whatever split."""
     weights = [FAMILIES[name][1] for name in families]
     family, lang = rng.choices(families, weights)[0], rng.choice(languages)
-    fields = FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
-    row = {"task": family, "lang": lang, "subject": "", "attribute": ""} | fields
+    row = {"task": family, "lang": lang, "subject": "", "attribute": ""}
+    row |= FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
     row["instruction"], _, row["input"] = row["prompt"].partition("\n")
     return row
 
@@ -258,10 +254,8 @@ def in_own_form(rows: Sequence[Row]) -> list[Row]:
     nothing. What it writes after the answer (the next question) does not count against it.
     """
     forms = (row.get("own_form") or OWN_FORM[row["lang"]].format(row["prompt"]) for row in rows)
-    return [
-        row | {"prompt": form, "instruction": form, "input": "", "own_form": form}
-        for row, form in zip(rows, forms, strict=True)
-    ]
+    asked = [{"prompt": form, "instruction": form, "input": "", "own_form": form} for form in forms]
+    return [row | new for row, new in zip(rows, asked, strict=True)]
 
 
 def answer_in_own_form(row: Row, response: str) -> str:
