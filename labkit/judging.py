@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
@@ -172,15 +173,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Judge:
-    """A language model as a judge; `respond` is of `labkit.respond`, or any function of texts.
-
-    The templates have the fields `criterion`, `tag`, `prompt`, and `a` and `b`, or `response`.
-    """
+    """A language model as a judge; `respond` is of `labkit.respond`, or any function of texts."""
 
     respond: Respond
     criterion: str = "; ".join(CRITERIA.values())
-    pairwise: str = PAIRWISE
-    scalar: str = SCALAR
     retries: int = 2
 
     def compare(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Compared:
@@ -190,13 +186,12 @@ class Judge:
         if not pairs:
             raise ValueError("prompts: expected at least one, got none")
         asked = [
-            framed(self.pairwise, self.criterion, prompt=p, a=first, b=second)
+            framed(PAIRWISE, self.criterion, prompt=p, a=first, b=second)
             for p, x, y in unequal
             for first, second in ((x, y), (y, x))
         ]
-        found: Asked[str] = Asked([], 0)
-        if asked:
-            found = ask(self.respond, asked, lambda r: last_mark(r, "[ABC]"), self.retries)
+        read = partial(last_mark, pattern="[ABC]")
+        found = ask(self.respond, asked, read, self.retries) if asked else Asked[str]([], 0)
         one, two = {"A": 1.0, "B": 0.0, "C": 0.5}, {"A": 0.0, "B": 1.0, "C": 0.5}
         both = zip(found.values[::2], found.values[1::2], strict=True)
         orders = [(one.get(x or ""), two.get(y or "")) for x, y in both]
@@ -213,7 +208,7 @@ class Judge:
             return value if 1 <= value <= 10 else None
 
         both = zip(prompts, responses, strict=True)
-        asked = [framed(self.scalar, self.criterion, prompt=p, response=r) for p, r in both]
+        asked = [framed(SCALAR, self.criterion, prompt=p, response=r) for p, r in both]
         return ask(self.respond, asked, read, self.retries)
 
 
@@ -241,9 +236,8 @@ def card(models: Mapping[str, Mapping[str, Rate]]) -> Table:
         low, high = rate.interval
         return f"{rate.mean:.0%} ({low:.0%} to {high:.0%})"
 
-    return Table(
-        [{"model": m} | {name: cell(r) for name, r in found.items()} for m, found in models.items()]
-    )
+    cells = {model: {k: cell(r) for k, r in found.items()} for model, found in models.items()}
+    return Table([{"model": model} | row for model, row in cells.items()])
 
 
 def length_controlled(verdicts: Sequence[Verdict], a: Sequence[str], b: Sequence[str]) -> Interval:

@@ -172,8 +172,8 @@ def test_kappa_of_tables_computed_by_hand():
     found = kappa(first, second)
     assert (found.n, found.agreement, found.chance) == (50, 0.7, 0.5)
     assert found.kappa == pytest.approx(0.4) and found.interval[0] < 0.4 < found.interval[1]
-    # Three classes, diagonal 2 of 4; margins (2, 1, 1) and (1, 2, 1): chance (2 + 2 + 1) / 16
-    found = kappa([1, 1, 0.5, 0], [1, 0.5, 0.5, 1][:3] + [0.5])
+    # Three classes, diagonal 2 of 4; margins (2, 1, 1) and (1, 3, 0): chance (2 + 3 + 0) / 16
+    found = kappa([1, 1, 0.5, 0], [1, 0.5, 0.5, 0.5])
     assert found.agreement == 0.5 and found.chance == pytest.approx((2 * 1 + 1 * 3) / 16)
     assert kappa([1, 0, 1, 0], [0, 1, 0, 1]).kappa == -1
     assert kappa([1, None, 0], [1, 1, None]).n == 1
