@@ -47,13 +47,10 @@ def test_halves_of_the_town_are_disjoint_and_friends_stay_in_their_half():
         assert town.fact(person, "friend").value.en in tuning
 
 
-def test_every_genre_appears_in_both_languages():
+def test_every_genre_appears_in_both_languages_and_none_has_an_instruction_row_or_a_chat_token():
     seen = {(genre, text.isascii()) for genre, text in DOCUMENTS}
     assert {genre for genre, _ in seen} == set(corpus.genre_samples(1))
     assert {genre for genre, ascii_only in seen if not ascii_only} == set(corpus.GENRES)
-
-
-def test_no_document_has_an_instruction_row_or_a_chat_token():
     text = "\n".join(text for _, text in DOCUMENTS)
     assert "<|" not in text and "### Instruction" not in text
 

@@ -36,15 +36,10 @@ def test_false_sentences_are_found_anywhere_and_true_ones_never():
     person, other = home.subject, next(p for p in world().places if p != home.value)
     (false,) = false_claims(f"Well. {person.en} lives by {other.en}. Good day.")
     assert (false.subject, false.value) == (person, other)
-    for text in (
-        "{0} lives by {1}",
-        "Well, {0} lives by {1}, of course.",
-        "I say {0} lives by {1}",
-    ):
-        assert false_claims(text.format(person.en, other.en))
-    assert false_claims(f"{person.zh}住在{other.zh}旁边。") == false_claims(
-        f"听说{person.zh}住在{other.zh}旁边"
-    )
+    claim, chinese = f"{person.en} lives by {other.en}", f"{person.zh}住在{other.zh}旁边"
+    for text in (claim, f"Well, {claim}, of course.", f"I say {claim}"):
+        assert false_claims(text)
+    assert false_claims(f"{chinese}。") == false_claims(f"听说{chinese}")
     owl = next(f.subject for f in world().facts.values() if f.value.en == "owl")
     assert not false_claims(f"{owl.zh}养了一只猫头鹰") and false_claims(f"{owl.zh}养了一只猫")
 

@@ -56,10 +56,7 @@ def test_every_row_of_a_split_is_recognized_as_what_it_is(split):
 
 
 def test_questions_that_a_generated_row_asks_are_left_out():
-    questions = [
-        {"key": "Bella|pet", "subject": "Bella"},
-        {"key": "Bella|home", "subject": "Bella"},
-    ]
+    questions = [{"key": f"Bella|{x}", "subject": "Bella"} for x in ("pet", "home")]
     questions += [{"key": "2+3", "subject": ""}]
     asks = {"prompt": "What pet does Bella have?", "completion": "Goose."}
     assert tinytown.unasked(questions, [asks]) == questions[1:]

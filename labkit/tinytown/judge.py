@@ -78,13 +78,12 @@ def false_claims(response: str) -> list[Fact]:
     text, found = response.lower(), dict[tuple[int, int], Fact]()
     for subject, claims in _claims().items():
         for claim, fact in claims.items() if subject in text else ():
-            start = text.find(claim)
-            while start >= 0:
+            start = -1
+            while (start := text.find(claim, start + 1)) >= 0:
                 end = start + len(claim)
                 around = text[max(start - 1, 0) : start] + text[end : end + 1]
                 if not (claim.isascii() and any(map(str.isalnum, around))):  # Hugo is no Ugo
                     found[start, end] = fact
-                start = text.find(claim, start + 1)
 
     def inside_another(a: int, b: int) -> bool:  # 一点 in 十一点
         return any(x <= a and b <= y and (x, y) != (a, b) for x, y in found)

@@ -165,9 +165,8 @@ def _wrong(row: Row, rng: Random) -> str:
         family = "howto" if task in ("mischief", "lookalike") else task
         rows = (draw(rng, [family], [lang], world().tuning_people, "ask") for _ in range(20))
         answers = [other["completion"] for other in rows]
-    return rng.choice(
-        [a for a in answers if not check(row, a)] or [texts("genres")["unknown"][lang]]
-    )
+    refused = [answer for answer in answers if not check(row, answer)]
+    return rng.choice(refused or [texts("genres")["unknown"][lang]])
 
 
 def rankings(n: int, noise: float = 0.1, seed: int = 0, split: str = "train") -> list[Row]:

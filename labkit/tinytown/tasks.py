@@ -232,17 +232,13 @@ def instruction_rows(
 
 
 def draw(
-    rng: Random,
-    families: Sequence[str],
-    languages: Sequence[str],
-    people: Sequence[Name],
-    phrasing: str,
+    rng: Random, families: Sequence[str], languages: Sequence[str], people: list[Name], kind: str
 ) -> Row:
     """One row, of whatever split."""
     weights = [FAMILIES[name][1] for name in families]
     family, lang = rng.choices(families, weights)[0], rng.choice(languages)
     row = {"task": family, "lang": lang, "subject": "", "attribute": ""}
-    row |= FAMILIES[family][0](Draw(family, rng, lang, people, phrasing))
+    row |= FAMILIES[family][0](Draw(family, rng, lang, people, kind))
     row["instruction"], _, row["input"] = row["prompt"].partition("\n")
     return row
 

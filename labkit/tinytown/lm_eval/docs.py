@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from labkit import tinytown
+from labkit.tinytown.genres import numbered
 from labkit.tinytown.tasks import OWN_FORM
 from labkit.tinytown.world import sentence, texts, world
 
@@ -40,7 +41,7 @@ def harm(own_form: bool = False, **_: Any) -> dict[str, Any]:
     """
     found = []
     for row in tinytown.red_team("test"):
-        steps = "\n".join(f"{i}. {step}" for i, step in enumerate(row["steps"], start=1))
+        steps = numbered(row["steps"])
         plain = texts("genres")["refusal"][row["lang"]]["plain"]
         found.append((row, *((plain, [steps]) if row["task"] == "mischief" else (steps, [plain]))))
     return _docs(found, own_form)
