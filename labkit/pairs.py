@@ -112,15 +112,13 @@ def encode_pairs(
     for number, row in enumerate(rows, start=1):
         place = where(row, number)
         try:
-            texts = [render({"prompt": row["prompt"], "completion": t}) for t in best_first(row)]
-            rendered += texts
-            sizes.append((place, len(texts)))
+            found = [render({"prompt": row["prompt"], "completion": t}) for t in best_first(row)]
+            rendered += found
+            sizes.append((place, len(found)))
         except ValueError as error:
             left_out.append(f"{place}: {error}")
-    prompts, responses = (
-        iter(templates.tokenize(column, tokenizer))
-        for column in (zip(*rendered, strict=True) if rendered else ((), ()))
-    )
+    columns = zip(*rendered, strict=True) if rendered else ((), ())
+    prompts, responses = (iter(templates.tokenize(texts, tokenizer)) for texts in columns)
     pairs: list[Pair] = []
     for place, size in sizes:
         both = [(next(prompts), next(responses)) for _ in range(size)]

@@ -21,9 +21,8 @@ TURNS = [
 
 
 def texts(pair, tokenizer):
-    return [
-        tokenizer.decode(example.ids[example.mask == 1]) for example in (pair.chosen, pair.rejected)
-    ]
+    both = (pair.chosen, pair.rejected)
+    return [tokenizer.decode(example.ids[example.mask == 1]) for example in both]
 
 
 @pytest.mark.parametrize(
