@@ -91,11 +91,9 @@ def _local(data: str) -> Path | None:
     if data not in names and (data[:1] in "./~" or _SUFFIX.search(data) or path.exists()):
         return path
     if data not in names and not _HUB_ID.fullmatch(data):
-        known, near = (
-            f"{', '.join(names)}, owner/name, or a file",
-            get_close_matches(data, names, 1),
-        )
-        raise ValueError(f"data: expected {known}, got {data!r}; the nearest is {near}")
+        known, near = ", ".join(names), get_close_matches(data, names, 1)
+        expected = f"expected {known}, owner/name, or a file"
+        raise ValueError(f"data: {expected}, got {data!r}; the nearest is {near}")
     return None
 
 
@@ -198,8 +196,7 @@ def _part(sets: Any, split: str) -> tuple[Any, list[int]]:
     if "train" not in sets or split not in ("train", *held_out):
         known = dict.fromkeys(("train", *_HELD_OUT, *sets) if "train" in sets else sets)
         raise ValueError(f"split: expected one of {', '.join(known)}, got {split!r}")
-    count = len(sets["train"])
-    order = list(range(count))
+    order = list(range(count := len(sets["train"])))
     random.Random(0).shuffle(order)
     size = max(1, round(count * 0.05)) if count > len(held_out) else 0
     start = len(held_out) * size if split == "train" else held_out.index(split) * size

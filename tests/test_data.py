@@ -118,8 +118,10 @@ def test_parts_of_a_file_are_disjoint_and_complete(tmp_path_factory, numbers):
     assert sum(sizes) == different and sizes[1:] == [max(1, round(different / 20))] * len(sizes[1:])
 
 
-def test_limit_samples_by_seed(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(100)])
+def test_limit_samples_by_seed_and_all_of_a_file_is_every_row_in_its_order(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(100)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert data.load(path, split="all") == rows
     assert len(data.load(path, limit=7)) == 7
     assert data.load(path, limit=7, seed=1) == data.load(path, limit=7, seed=1)
     assert data.load(path, limit=7, seed=1) != data.load(path, limit=7, seed=2)
@@ -223,9 +225,8 @@ def test_registered_set_leaves_broken_rows_out_and_says_so(monkeypatch, caplog):
 
 def test_instructions_keep_their_parts():
     row, bare = converted(ALPACA_ROW, {"instruction": "Say hi.", "output": "Hi"})
-    assert row == {"prompt": "Give an antonym.\n\nhot", "completion": "cold"} | {
-        key: ALPACA_ROW[key] for key in ("instruction", "input")
-    }
+    kept = {key: ALPACA_ROW[key] for key in ("instruction", "input")}
+    assert row == {"prompt": "Give an antonym.\n\nhot", "completion": "cold"} | kept
     assert bare["prompt"] == "Say hi."
     for question, answer in (("instruction", "response"), ("question", "answer")):
         dolly = {question: "Give an antonym.", "context": "hot", answer: "cold"}
@@ -349,13 +350,9 @@ def test_alpaca_templates(make_tokenizer):
     chinese = data.render(row, tokenizer, "alpaca_zh")[0]
     assert chinese.endswith("### 指令：\nGive an antonym.\n\n### 输入：\nhot\n\n### 回复：\n")
     assert "### 输入" not in data.render(PAIR, tokenizer, "alpaca_zh")[0]
-    for prompt, answer in (
-        ("Q: Hot?\nA:", " No.<|end|>"),
-        ("答：", "No.<|end|>"),
-        ("", "No.<|end|>"),
-    ):
+    for prompt, space in (("Q: Hot?\nA:", " "), ("答：", ""), ("", "")):
         row = {"prompt": prompt, "completion": "No."}
-        assert data.render(row, tokenizer, "bare") == (prompt, answer)
+        assert data.render(row, tokenizer, "bare") == (prompt, f"{space}No.<|end|>")
     braces = {"prompt": "{input} {0}", "completion": "x"}
     assert "{input} {0}" in data.render(braces, tokenizer, "alpaca")[0]
 
@@ -580,11 +577,3 @@ def test_side_by_side_is_escaped():
     assert columns == ["prompt", "expected", "before", "before, in own form", "after"]
     with pytest.raises(ValueError):
         show.side_by_side([row], ["a", "b"], ["c"])
-
-
-def test_all_of_a_file_is_every_row_in_its_order(tmp_path):
-    rows = [{"prompt": str(i), "completion": "a"} for i in range(30)]
-    file = write(tmp_path / "rows.jsonl", rows)
-    assert [row["prompt"] for row in data.load(file, split="all")] == [
-        row["prompt"] for row in rows
-    ]
