@@ -89,16 +89,13 @@ def exact(
 
     if not rows:
         raise ValueError("rows: expected at least one row to evaluate on, got none")
-    render, limit = renderer(tokenizer, template), max_new_tokens or _longest(rows, tokenizer)
-    options = {"max_new_tokens": limit, "batch_size": batch_size}
-    return score(rows, generate(model, tokenizer, [render(r)[0] for r in rows], **options), check)
-
-
-def _longest(rows: list[Row], tokenizer: Any) -> int:
-    """Tokens of the longest right answer, and one for EOS."""
-    texts = [text for row in rows for text in (response(row), *row.get("accept", ()))]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return max(map(len, ids)) + 1
+    if not max_new_tokens:
+        right = [text for row in rows for text in (response(row), *row.get("accept", ()))]
+        ids = tokenizer(right, add_special_tokens=False, verbose=False)["input_ids"]
+        max_new_tokens = max(map(len, ids)) + 1  # for EOS
+    prompts = [prompt for prompt, _ in map(renderer(tokenizer, template), rows)]
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return score(rows, generate(model, tokenizer, prompts, **options), check)
 
 
 def score(rows: list[Row], responses: list[str], check: Check | None = None) -> Evaluation:

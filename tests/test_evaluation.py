@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -115,21 +116,15 @@ def test_exact_answers_with_the_model(tiny_model, tiny_tokenizer):
         return row["kind"] == "sum"
 
     rows = [*ROWS, {**ROWS[0], "prompt": "a much longer question " * 4}]
-    got = evaluation.exact(
-        tiny_model("llama"), tiny_tokenizer, rows, max_new_tokens=3, batch_size=2, check=check
-    )
+    ask = partial(evaluation.exact, tiny_model("llama"), tiny_tokenizer, max_new_tokens=3)
+    got = ask(rows, batch_size=2, check=check)
     assert seen == [(r["prompt"], a) for r, a in zip(rows, got.responses, strict=True)]
     assert got.accuracy == 0.75
+    # Whatever a model says is right once it is what the rows expect.
+    told = [{**r, "completion": a} for r, a in zip(rows, got.responses, strict=True)]
+    assert ask(told).accuracy == 1.0
     with pytest.raises(ValueError, match="rows"):
-        evaluation.exact(tiny_model("llama"), tiny_tokenizer, [])
-
-
-def test_exact_credits_the_answer_a_model_gives(tiny_model, tiny_tokenizer):
-    """Whatever a model says is right once it is what the rows expect."""
-    model = tiny_model("llama")
-    first = evaluation.exact(model, tiny_tokenizer, ROWS, max_new_tokens=4)
-    told = [{**r, "completion": a} for r, a in zip(ROWS, first.responses, strict=True)]
-    assert evaluation.exact(model, tiny_tokenizer, told, max_new_tokens=4).accuracy == 1.0
+        ask([])
 
 
 def test_mean_std_by_hand():
@@ -159,15 +154,6 @@ def test_tinytown_rows_are_marked_by_tinytown():
     assert got.n == 300 and got.accuracy == 1.0
     assert evaluation.score(rows, ["no such answer"] * 300).accuracy == 0.0
     assert len(got.by("task")) >= 6 and sum(n for _, n in got.by("lang").values()) == 300
-
-
-def marks(rng, seeds, questions, chance):
-    """For each seed a word per question, of one to three rows that are right by chance."""
-    sizes = rng.integers(1, 4, size=questions)
-    return [
-        " ".join("".join(map(str, (rng.random(n) < chance) * 1)) for n in sizes)
-        for _ in range(seeds)
-    ]
 
 
 def test_a_difference_by_hand():
@@ -223,18 +209,13 @@ def test_what_an_interval_decides(low, high, at_most, verdict):
     assert evaluation.decide(None, 0.0, at_most) == "not measured here"
 
 
-def test_the_worst_of_several_verdicts_stands():
-    assert evaluation.together("holds", "holds") == "holds"
-    assert evaluation.together("holds", "undecided") == "undecided"
-    assert evaluation.together("does not hold here", "undecided") == "does not hold here"
-    assert evaluation.together("holds", "not measured here") == "not measured here"
-    assert evaluation.together() == "not measured here"
-
-
-def test_about_is_half_to_twice():
-    assert evaluation.about([0.05, 0.2], 0.1) == "holds"
-    assert evaluation.about([0.05, 0.21], 0.1) == "holds in part"
-    assert evaluation.about([0.04, 0.21], 0.1) == "does not hold here"
+def test_the_worst_of_several_verdicts_stands_and_about_is_half_to_twice():
+    together, about, fails = evaluation.together, evaluation.about, "does not hold here"
+    assert together("holds", "holds") == "holds"
+    assert together("holds", "undecided") == "undecided" and together(fails, "undecided") == fails
+    assert together("holds", "not measured here") == together() == "not measured here"
+    assert about([0.05, 0.2], 0.1) == "holds" and about([0.05, 0.21], 0.1) == "holds in part"
+    assert about([0.04, 0.21], 0.1) == fails
 
 
 CRITERIA = {  # of the claims in the notebooks: (statistic, threshold, whether at most)
@@ -250,17 +231,14 @@ def test_no_criterion_is_met_by_noise(name):
     """Outcomes shuffled between two conditions that differ by just the threshold, or constant."""
     statistic, threshold, at_most = CRITERIA[name]
     rng, verdicts = np.random.default_rng(2), []
-    for _ in range(40):
-        theirs = [m for m in marks(rng, 3, 100, 0.5)]
-        if statistic is evaluation.ratio:
-            chance = 0.5 * threshold
-        else:
-            chance = 0.5 + threshold
-        sizes = [[len(word) for word in seed.split()] for seed in theirs]
-        ours = [
-            " ".join("".join(map(str, (rng.random(n) < chance) * 1)) for n in seed)
-            for seed in sizes
-        ]
+    chance = 0.5 * threshold if statistic is evaluation.ratio else 0.5 + threshold
+
+    def marks(sizes, chance):  # for each seed a word per question, of one to three rows
+        words = [["".join(map(str, (rng.random(n) < chance) * 1)) for n in sizes] for _ in "abc"]
+        return [" ".join(seed) for seed in words]
+
+    for sizes in rng.integers(1, 4, size=(40, 100)):
+        theirs, ours = marks(sizes, 0.5), marks(sizes, chance)
         verdicts.append(evaluation.decide(statistic(ours, theirs), threshold, at_most))
     assert verdicts.count("undecided") >= 30, verdicts
     nothing = ["0 0 0"] * 3
