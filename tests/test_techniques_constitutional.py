@@ -34,23 +34,18 @@ def one_section(**fields):
 
 
 def test_tinytowns_principles_are_those_that_its_texts_name():
-    found, known = cai.load(), tinytown.texts("genres")
-    for lang, section in found.items():
-        assert [p.critic for p in section.principles] == known["principles"][lang]
+    known = tinytown.texts("genres")
     forms = known["forms"]["critique"]
-    for lang, section in found.items():
+    for lang, section in cai.load().items():
+        assert [p.critic for p in section.principles] == known["principles"][lang]
         slots = dict(q="Q", r="R", p="P", f="F", w="W", b="B")
         text = forms[lang][1].format(**slots)
         head = section.critique.format(prompt="Q", response="R", critic="P")
         assert text.startswith(head) and section.stop[0] in text
-        assert (
-            forms[lang][2]
-            .format(**slots)
-            .startswith(section.alone.format(prompt="Q", response="R", critic="P"))
-        )
-        judged = known["forms"]["judgement"][lang][0].format(
-            q="Q", a="1", b="2", v="A", o="B", f="F"
-        )
+        head = section.alone.format(prompt="Q", response="R", critic="P")
+        assert forms[lang][2].format(**slots).startswith(head)
+        slots = dict(q="Q", a="1", b="2", v="A", o="B", f="F")
+        judged = known["forms"]["judgement"][lang][0].format(**slots)
         asked = section.comparison.format(prompt="Q", a="1", b="2")
         assert judged.startswith(asked + section.letters[0])
 
@@ -62,10 +57,7 @@ def test_a_critique_sees_the_prompt_and_the_next_round_sees_the_revision():
     assert "What is two?" in critique and "It is two, I think." in critique
     assert revision.endswith("too long\n\nRevisionRequest: Shorten it.\n\nRevision:")
     assert "Assistant: Two.\n" in again and "I think" not in again
-    assert [(step.critique, step.response) for step in chain] == [
-        ("too long", "Two."),
-        ("fine", "2"),
-    ]
+    assert [step[1:] for step in chain] == [("too long", "Two."), ("fine", "2")]
 
 
 def test_alone_asks_for_no_critique_and_an_empty_revision_changes_nothing():
@@ -80,10 +72,8 @@ def test_principles_are_drawn_per_row_and_round_and_the_same_without_critiques()
     sections = one_section(principles=[{"critic": n, "name": n} for n in names])
 
     def drawn(critique, seed=0):
-        chains = cai.revise(
-            rows, ["x"] * 60, lambda prompts: ["y"] * len(prompts), sections,
-            rounds=2, critique=critique, seed=seed,
-        )  # fmt: skip
+        options = dict(rounds=2, critique=critique, seed=seed)
+        chains = cai.revise(rows, ["x"] * 60, lambda p: ["y"] * len(p), sections, **options)
         return [[step.principle.name for step in chain] for chain in chains]
 
     assert drawn(True) == drawn(False) != drawn(True, seed=1)
@@ -158,12 +148,8 @@ def test_labels_of_one_are_dpo_and_of_zero_dpo_the_other_way_round(tiny_model, m
     for label in (1.0, 0.0):
         some = soft(pairs, [label] * 5)
         batch = pack_pairs(some)
-        if not label:
-            some = [
-                s._replace(chosen=s.rejected, rejected=s.chosen, reference=s.reference[::-1])
-                for s in some
-            ]
-        hard = pack_pairs([dpo.Pair(*s[:2], np.ascontiguousarray(s.reference)) for s in some])
+        turn = slice(None, None, 1 if label else -1)
+        hard = pack_pairs([dpo.Pair(*s[:2][turn], s.reference[turn].copy()) for s in some])
         ours, theirs = cai.pair_loss(model, batch, config), dpo.pair_loss(model, hard, config)
         assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
         assert ours[1]["accuracy"] == theirs[1]["accuracy"]
@@ -186,15 +172,14 @@ def rows_of(labels):
 
 def test_the_policy_follows_the_labels_and_stops_at_what_is_not_sure(tiny_model, tiny_tokenizer):
     config = dpo.DPOConfig(max_steps=30, batch_size=8, learning_rate=3e-3)
-    sure, unsure = (
-        cai.train(tiny_model(), tiny_tokenizer, rows_of([p] * 8), config, progress=False).history[
-            -1
-        ]
-        for p in (0.98, 0.6)
-    )
-    against = cai.train(tiny_model(), tiny_tokenizer, rows_of([0.02] * 8), config, progress=False)
-    assert sure["margin"] > 2 * math.log(0.6 / 0.4) and against.history[-1]["margin"] < -1
-    assert 0 < unsure["margin"] < 2 * math.log(0.6 / 0.4)
+
+    def margin(p):
+        rows = rows_of([p] * 8)
+        trained = cai.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
+        return trained.history[-1]["margin"]
+
+    unsure, wanted = margin(0.6), math.log(0.6 / 0.4)
+    assert 0 < unsure < 2 * wanted < margin(0.98) and margin(0.02) < -1
 
 
 def test_a_preference_model_learns_soft_labels(tiny_model, tiny_tokenizer):
@@ -237,13 +222,8 @@ def test_an_edited_copy_loads_and_what_is_none_is_refused(tmp_path):
     file.write_text(yaml.safe_dump(parts["tinytown"]))
     assert [p.critic for p in cai.load(file)["en"].principles] == ["Be brave."]
     assert len(cai.load("chapter")["any"].principles) == 3
-    for bad in (
-        "[]",
-        "en: {principles: []}",
-        "en: {principles: [{critic: 3}]}",
-        "en: {colour: red}",
-    ):
-        file.write_text(bad)
+    for bad in ("[]", "{principles: []}", "{principles: [{critic: 3}]}", "{colour: red}"):
+        file.write_text(bad if bad == "[]" else f"en: {bad}")
         with pytest.raises(ValueError):
             cai.load(file)
     with pytest.raises(OSError):

@@ -194,12 +194,9 @@ def letters_of_texts(respond: Respond) -> Letters:
     """P(first letter) from texts, of a server: 1, 0, or ½ where not exactly one letter is named."""
 
     def read(prompts: list[str], letters: list[tuple[str, str]]) -> list[float]:
-        found = []
-        for text, (a, b) in zip(respond(prompts), letters, strict=True):
-            words = re.findall(r"\w+", text)
-            named = [letter.strip() in words for letter in (a, b)]
-            found.append(0.5 + (named[0] - named[1]) / 2)
-        return found
+        words = (re.findall(r"\w+", text) for text in respond(prompts))
+        both = zip(words, letters, strict=True)
+        return [0.5 + ((a.strip() in named) - (b.strip() in named)) / 2 for named, (a, b) in both]
 
     return read
 
