@@ -128,8 +128,8 @@ def from_server(
     if not (key or url) or not (key.isascii() and key.isprintable()):
         expected = "a key in ASCII, or OPENAI_API_KEY, or the base_url of a server that needs none"
         raise ValueError(f"api_key: expected {expected}")
-    options: dict[str, Any] = {"timeout": timeout, "max_retries": retries}
-    client = openai.OpenAI(base_url=url, api_key=key or "none", **options)
+    limits: Any = {"timeout": timeout, "max_retries": retries}
+    client = openai.OpenAI(base_url=url, api_key=key or "none", **limits)
     place = client.base_url.copy_with(userinfo=b"", query=None)
     create: Any = client.chat.completions.create if chat else client.completions.create
     sent = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
@@ -138,8 +138,8 @@ def from_server(
     def request(prompt: str, number: int, failed: Event) -> str | None:
         if failed.is_set():
             return None
-        own: Any = {"messages": [{"role": "user", "content": prompt}]} if chat else {}
-        own |= {} if chat else {"prompt": prompt}
+        turn = {"role": "user", "content": prompt}
+        own: Any = {"messages": [turn]} if chat else {"prompt": prompt}
         own |= {} if seed is None else {"seed": seed + number}
         try:
             return _text(create(**(sent | own)), chat)
@@ -191,10 +191,8 @@ def _explained(error: Exception, who: str, key: str) -> Exception:
         kind, todo = ConnectionError, "see that the server runs, then call again"
     elif isinstance(error, openai.RateLimitError | openai.InternalServerError):
         kind, todo = ConnectionError, "call again later, with less concurrency or more retries"
-    said = str(error)
-    if (
-        isinstance(error, openai.APIStatusError) and error.body
-    ):  # the client shows OpenAI's form only
+    said = str(error)  # the client shows OpenAI's form only
+    if isinstance(error, openai.APIStatusError) and error.body:
         said = f"{error.status_code}, {error.body}"
     said = said.replace(key, "…") if key else said
     return kind(f"{who}: {type(error).__name__}: {said[:300]}; {todo}")
