@@ -157,18 +157,17 @@ def generate(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
-    ids, capacity = _tokens(tokenizer, prompts), _capacity(model, max_new_tokens)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    options["batch_size"] = batch_size
-    return _sample_texts(model, tokenizer, _shortened(ids, capacity), "auto", seed, options)
+    ids = _shortened(_tokens(tokenizer, prompts), _capacity(model, max_new_tokens))
+    options = {"temperature": temperature, "batch_size": batch_size}
+    return _sample_texts(model, tokenizer, ids, "auto", seed, max_new_tokens, **options)
 
 
 def _sample_texts(
-    model: Any, tokenizer: Any, ids: list, template: str, seed: Any, options: dict[str, Any]
+    model: Any, tokenizer: Any, ids: list, template: str, seed: Any, length: int, **options: Any
 ) -> list[str]:
-    ends = eos_ids(model, tokenizer, template)
-    uniforms = np.random.default_rng(seed).random((len(ids), options["max_new_tokens"]))
-    return texts(tokenizer, sample(model, ids, ends=ends, uniforms=uniforms, **options), ends)
+    options |= {"max_new_tokens": length, "ends": eos_ids(model, tokenizer, template)}
+    options["uniforms"] = np.random.default_rng(seed).random((len(ids), length))
+    return texts(tokenizer, sample(model, ids, **options), options["ends"])
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
@@ -186,7 +185,6 @@ def _shortened(ids: list[list[int]], capacity: int) -> list[list[int]]:
 
 
 def _capacity(model: Any, max_new_tokens: int) -> int:
-    """Tokens of the context that are left to a prompt."""
     capacity = (models.context_length(model) or sys.maxsize) - max_new_tokens
     if capacity < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} leave the context no prompt")
@@ -260,7 +258,6 @@ def responses(
     probabilities do.
     """
     encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens, "cut")
-    ids = [prompt.ids for prompt in encoded for _ in range(each)]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    found = _sample_texts(model, tokenizer, ids, template, seed, options)
+    ids, options = [prompt.ids for prompt in encoded for _ in range(each)], (seed, max_new_tokens)
+    found = _sample_texts(model, tokenizer, ids, template, *options, temperature=temperature)
     return [found[i : i + each] for i in range(0, len(found), each)]

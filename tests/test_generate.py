@@ -1,10 +1,12 @@
 """Truths about sampling: batching cannot matter, EOS stops, nothing is inherited, nothing is left."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from labkit import generate as generation
@@ -69,24 +71,19 @@ def test_samples_do_not_depend_on_their_batch(tiny_model, arch):
         assert response[-1] in MANY_ENDS or len(response) == 12
 
 
-def other_models():
-    import transformers as tf
-
-    heads = dict(vocab_size=448, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    window = dict(num_key_value_heads=2, intermediate_size=64, sliding_window=6)
-    return {
-        "no cache of keys": tf.MambaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=2),
-        "no positions": tf.BloomConfig(vocab_size=448, hidden_size=32, n_layer=2, n_head=4),
-        "a window": tf.MistralConfig(**heads, **window),
-    }
+SHAPE = dict(vocab_size=448, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+WINDOW = dict(num_key_value_heads=2, intermediate_size=64, sliding_window=6)
+OTHERS = {
+    "no cache of keys": tf.MambaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=2),
+    "no positions": tf.BloomConfig(vocab_size=448, hidden_size=32, n_layer=2, n_head=4),
+    "a window": tf.MistralConfig(**SHAPE, **WINDOW),
+}
 
 
-@pytest.mark.parametrize("kind", ["no cache of keys", "no positions", "a window"])
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
 @pytest.mark.filterwarnings("ignore")
-def test_models_of_other_kinds(kind):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(other_models()[kind]).eval()
+def test_models_of_other_kinds(config):
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
     nn.init.normal_(model.get_input_embeddings().weight)
     uniforms = np.random.default_rng(0).random((6, 10))
     alone = [draw(model, [i], u[None], MANY_ENDS)[0] for i, u in zip(IDS, uniforms, strict=True)]
@@ -196,21 +193,16 @@ def test_prompts_longer_than_the_context_lose_their_beginning(tiny_model, tiny_t
         encode_prompts([long], model, tiny_tokenizer, "bare", 4, "left out")
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"prompts": "one"}, "prompts"),
-        ({"prompts": ["fine", ""]}, "prompt 2"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": 256}, "max_new_tokens"),
-        ({"temperature": -1}, "temperature"),
-        ({"batch_size": 0}, "batch_size"),
-    ],
-)
-def test_bad_arguments_are_named(tiny_model, tiny_tokenizer, change, name):
-    assert generate(tiny_model(), tiny_tokenizer, []) == []
-    with pytest.raises(ValueError, match=name):
-        generate(tiny_model(), tiny_tokenizer, **{"prompts": ["Mila"], **change})
+def test_bad_arguments_are_named(tiny_model, tiny_tokenizer):
+    ask = partial(generate, tiny_model(), tiny_tokenizer)
+    assert ask([]) == []
+    wrong = [("max_new_tokens", 0), ("max_new_tokens", 256), ("temperature", -1), ("batch_size", 0)]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=name):
+            ask(["Mila"], **{name: value})
+    for prompts, name in (("one", "prompts"), (["fine", ""], "prompt 2")):
+        with pytest.raises(ValueError, match=name):
+            ask(prompts)
 
 
 def test_prompts_in_their_template(tiny_model, tiny_tokenizer):
@@ -226,17 +218,10 @@ def test_prompts_in_their_template(tiny_model, tiny_tokenizer):
     assert encode_prompts(found, tiny_model(), tiny_tokenizer, "auto", 8) == found
 
 
-@pytest.mark.parametrize(
-    ("prompts", "name"),
-    [
-        ([], "prompts"),
-        ("Hello", "prompts"),
-        (["a", 3], "prompt 2"),
-        ([{"text": "a"}], "prompt 1"),
-        (["a", "long " * 300], "prompt 2"),
-        ([""], "prompt 1"),
-    ],
-)
-def test_prompts_that_cannot_work(tiny_model, tiny_tokenizer, prompts, name):
-    with pytest.raises(ValueError, match=name):
-        encode_prompts(prompts, tiny_model(), tiny_tokenizer, "plain", 8)
+def test_prompts_that_cannot_work(tiny_model, tiny_tokenizer):
+    wrong = {"prompts": ([], "Hello"), "prompt 1": ([{"text": "a"}], [""])}
+    wrong["prompt 2"] = (["a", 3], ["a", "long " * 300])
+    for name, lists in wrong.items():
+        for prompts in lists:
+            with pytest.raises(ValueError, match=name):
+                encode_prompts(prompts, tiny_model(), tiny_tokenizer, "plain", 8)
