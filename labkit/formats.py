@@ -59,7 +59,6 @@ def convert(rows: Iterable[Row], source: str, rejected: list[str] | None = None)
 
 
 def _recognize(row: Row) -> list[str]:
-    """The columns by which the row's format is known."""
     for columns in map(str.split, FORMATS):
         if all(row.get(column) is not None for column in columns):
             return columns

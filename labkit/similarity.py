@@ -60,9 +60,8 @@ class Nearest:
         """ROUGE-L F to the most similar text, and that (the first of equals), or (0, "") if none
         is `at_least` so similar."""
         query, cutoff = self._encode(text), max(at_least, 2 * TOLERANCE) - TOLERANCE
-        best = extractOne(
-            query, self._encoded, scorer=Indel.normalized_similarity, score_cutoff=cutoff
-        )
+        rouge = Indel.normalized_similarity
+        best = extractOne(query, self._encoded, scorer=rouge, score_cutoff=cutoff)
         return (best[1], self.texts[best[2]]) if query and best else (0.0, "")
 
     def _encode(self, text: str) -> str:
