@@ -1,6 +1,5 @@
 """Self-Instruct: similarity, filters in two languages, parsing, and the whole with a scripted model."""
 
-import importlib.util
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from loopback import OpenAIServer
+from rouge_score.rouge_scorer import RougeScorer
 
 from labkit import cards, cli, data, evaluation, respond, similarity, tinytown
 from labkit.record import read_runs
@@ -70,10 +70,7 @@ def test_the_nearest_is_the_one_that_an_exhaustive_search_finds():
     assert similarity.Nearest().find("a") == similarity.Nearest(["a"]).find("...") == (0, "")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("rouge_score"), reason="rouge_score is missing")
 def test_rouge_l_equals_that_of_rouge_score_in_english():
-    from rouge_score.rouge_scorer import RougeScorer
-
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     texts = [row["prompt"] for row in tinytown.instruction_rows("test", 60, languages=["en"])]
     for a, b in zip(texts, texts[1:], strict=False):
@@ -81,45 +78,33 @@ def test_rouge_l_equals_that_of_rouge_score_in_english():
         assert similarity.rouge_l(a, b) == pytest.approx(expected)
 
 
-def test_of_two_equal_chinese_tasks_one_is_kept():
-    pool = pool_of(ENGLISH)
-    assert keep(CHINESE, pool) is None
-    pool.add(Task(CHINESE, "zh"))
-    assert keep(CHINESE, pool) == "repeated"
-    assert keep(CHINESE.replace("大门", "门"), pool) == "too similar"
+REASONS = {
+    "too short": ["Name three.", "说猫。"],
+    "too long": ["说说猫。" * 60, "word " * 151],
+    "repeated": ["name the gate of the town that opens FIRST", CHINESE],
+    "too similar": ["Name the gate of the town that opens last.", CHINESE.replace("大门", "门")],
+    "punctuation first": ["- and another thing to do", "。请说出三种动物"],
+    "rest of a list": ["3. Write a letter to Mira.", "三、写一封信给米拉。"],
+    "not text": """Describe what you see in the picture.
+Please draw a cat with a hat.
+Plot the number of visitors per day.
+说说这张图片里有什么。""".splitlines(),
+    None: """Write the plot of a story about a miller.
+Plot of a story: who is the hero?
+Draw a conclusion from what the baker says.
+Shorten this paragraph of the town's chronicle.
+What does 3 + 4 come to?
+3 + 4 apples are how many?
+"Give me the key." Say that politely.
+“把钥匙给我。”请说得礼貌些。
+谁是渔夫？
+用一句话介绍画家巴勃罗。""".splitlines(),
+}
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("Name three.", "too short"),
-        ("说猫。", "too short"),
-        ("说说猫。" * 60, "too long"),
-        ("word " * 151, "too long"),
-        ("name the gate of the town that opens FIRST", "repeated"),
-        ("Name the gate of the town that opens last.", "too similar"),
-        ("- and another thing to do", "punctuation first"),
-        ("。请说出三种动物", "punctuation first"),
-        ("3. Write a letter to Mira.", "rest of a list"),
-        ("三、写一封信给米拉。", "rest of a list"),
-        ("Describe what you see in the picture.", "not text"),
-        ("Please draw a cat with a hat.", "not text"),
-        ("Plot the number of visitors per day.", "not text"),
-        ("说说这张图片里有什么。", "not text"),
-        ("Write the plot of a story about a miller.", None),
-        ("Plot of a story: who is the hero?", None),
-        ("Draw a conclusion from what the baker says.", None),
-        ("Shorten this paragraph of the town's chronicle.", None),
-        ("What does 3 + 4 come to?", None),
-        ("3 + 4 apples are how many?", None),
-        ('"Give me the key." Say that politely.', None),
-        ("“把钥匙给我。”请说得礼貌些。", None),
-        ("谁是渔夫？", None),
-        ("用一句话介绍画家巴勃罗。", None),
-    ],
-)
+@pytest.mark.parametrize("text, reason", [(text, why) for why in REASONS for text in REASONS[why]])
 def test_reasons_to_reject(text, reason):
-    assert keep(text, pool_of(ENGLISH)) == reason
+    assert keep(text, pool_of(ENGLISH, CHINESE)) == reason
 
 
 def test_a_similarity_of_exactly_the_threshold_is_too_much():
@@ -140,17 +125,12 @@ def test_every_seed_task_passes_the_filters():
 def test_lists_in_both_numberings():
     text = " Name a fish.\n10. Say when,\nin two lines.\n11) Wait 16.5 hours.\n12. A cut on"
     assert parse_list(text, 9) == ["Name a fish.", "Say when,\nin two lines.", "Wait 16.5 hours."]
-    assert parse_list("说出鱼。\n10、写信。\n十一、画家是谁？\n（12）猫", 9) == [
-        "说出鱼。",
-        "写信。",
-        "画家是谁？",
-    ]
+    chinese = "说出鱼。\n10、写信。\n十一、画家是谁？\n（12）猫"
+    assert parse_list(chinese, 9) == ["说出鱼。", "写信。", "画家是谁？"]
     assert parse_list("9. Repeat.\n10.", 9) == ["Repeat."]
     # Steps within a task do not count on; another text after the list is none of it.
-    assert parse_list("Order:\n1. rise\n2. eat\n10. Name it.\n\nMira has a dog.", 9) == [
-        "Order:\n1. rise\n2. eat",
-        "Name it.",
-    ]
+    steps = "Order:\n1. rise\n2. eat"
+    assert parse_list(f"{steps}\n10. Name it.\n\nMira has a dog.", 9) == [steps, "Name it."]
     assert parse_list("No stop but a line after it\nMira has", 9) == ["No stop but a line after it"]
     assert parse_list("A\n", 1) == ["A"] and parse_list("", 1) == parse_list("A", 1) == []
     assert parse_list("Where do people of the USA live?") == ["Where do people of the USA live?"]
@@ -177,9 +157,8 @@ def test_prompts_for_kind_and_instances():
     rng = random.Random(0)
     prompt = self_instruct.classification_prompt("Is this a cat or a dog?", SEEDS, rng, 6)
     assert prompt.count("? Yes") == prompt.count("? No") == 3 and prompt.endswith("classification?")
-    assert "任务：说出颜色。\n这是分类吗？" in self_instruct.classification_prompt(
-        "说出颜色。", SEEDS, rng, 2
-    )
+    prompt = self_instruct.classification_prompt("说出颜色。", SEEDS, rng, 2)
+    assert "任务：说出颜色。\n这是分类吗？" in prompt
     assert self_instruct.is_classification(" Yes.") and self_instruct.is_classification("是的")
     assert not any(map(self_instruct.is_classification, (" No", "否", "不是", "yesterday", "")))
     first = self_instruct.instance_prompt("Name a fish.", SEEDS, rng, 3)
@@ -199,10 +178,9 @@ def test_instances_of_both_orders():
     assert parse("\nOutput: It was a") == ([("", "It was a")], True)
     assert parse("nothing") == ([], False)
     assert parse("\nInput: The rest is") == ([("The rest is", "")], True)
-    assert parse(" Positive.\nInput: Good soup.\nOutput: Negative.\nInput: Bad so", output_first=True) == (
-        [("Good soup.", "Positive."), ("Bad so", "Negative.")],
-        True,
-    )  # fmt: skip
+    text = " Positive.\nInput: Good soup.\nOutput: Negative.\nInput: Bad so"
+    expected = [("Good soup.", "Positive."), ("Bad so", "Negative.")]
+    assert parse(text, output_first=True) == (expected, True)
     assert parse("Output: Yes.\n\nTask: z", output_first=True) == ([("", "Yes.")], False)
 
 
@@ -230,9 +208,8 @@ def scripted(prompts):
         elif prompt.endswith(("classification?", "分类吗？")):
             replies.append(" Yes" if number % 2 else " No")
         elif prompt.endswith(("Output:", "输出：")):
-            replies.append(
-                " Tea.\nInput: tea\nOutput: Lamps.\nInput: tea\nOutput: Hat.\nInput: hat."
-            )
+            two = "Input: tea\nOutput: Lamps.\nInput: tea\nOutput: Hat.\nInput: hat."
+            replies.append(f" Tea.\n{two}")
         else:
             replies.append("\nOutput: Tea.\nInput: \nOutput: Tea.\nInput: x\nOutput: The lon")
     return replies
@@ -269,7 +246,7 @@ def test_seeds_and_answers_that_do_not_fit():
 
 
 def test_a_killed_run_asks_for_nothing_twice(tmp_path):
-    file, calls, whole = tmp_path / "answers.jsonl", [], []
+    file, whole, calls = tmp_path / "answers.jsonl", tmp_path / "whole.jsonl", []
     config = SelfInstructConfig(tasks=6, requests=8, batch=2)
 
     def counted(prompts, breaks=False):
@@ -283,27 +260,24 @@ def test_a_killed_run_asks_for_nothing_twice(tmp_path):
         self_instruct.generate_tasks(breaking, SEEDS, config)
     kept = respond.cached(counted, file, key="scripted")
     rows = self_instruct.generate_tasks(kept, SEEDS, config).rows
-    expected = self_instruct.generate_tasks(
-        lambda prompts: (whole.extend(prompts), scripted(prompts))[1], SEEDS, config
-    ).rows
-    assert rows == expected and len(calls) == len(whole)
+    every = respond.cached(scripted, whole, key="scripted")
+    assert rows == self_instruct.generate_tasks(every, SEEDS, config).rows
+    assert len(calls) == len(whole.read_text("utf-8").splitlines())
+
+
+def found_by_script():
+    config = SelfInstructConfig(tasks=8, requests=12)
+    made = self_instruct.generate_tasks(scripted, SEEDS, config)
+    return json.dumps([made.rows, made.rejected, made.examples, list(made.rejected)])
 
 
 def test_results_do_not_depend_on_hash_seeds():
-    code = (
-        "import json, test_techniques_self_instruct as t; c = t.SelfInstructConfig(tasks=8, "
-        "requests=12); r = t.self_instruct.generate_tasks(t.scripted, t.SEEDS, c); "
-        "print(json.dumps([r.rows, r.rejected, r.examples, list(r.rejected)]))"
-    )
+    """Here the seed of hashes is random, there it is one."""
+    code = "import test_techniques_self_instruct as t; print(t.found_by_script())"
     paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
-    found = set()
-    for seed in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": paths}
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, env=env, check=True
-        )
-        found.add(done.stdout)
-    assert len(found) == 1 and len(found.pop()) > 100
+    env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": paths}
+    there = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
+    assert there == f"{found_by_script()}\n" and len(there) > 100
 
 
 def test_marks_of_generated_rows():
@@ -341,10 +315,8 @@ def test_the_first_line_of_a_list_is_a_setting():
 
 
 def test_without_filters_everything_with_an_output_is_kept():
-    options = dict(tasks=12, requests=8, batch=4)
-    result = self_instruct.generate_tasks(
-        scripted, SEEDS, SelfInstructConfig(**options, filters=False)
-    )
+    config = SelfInstructConfig(tasks=12, requests=8, batch=4, filters=False)
+    result = self_instruct.generate_tasks(scripted, SEEDS, config)
     texts = [task.instruction for task in result.tasks]
     assert "Hi" in texts and len(set(texts)) < len(texts) == 12
     assert set(result.rejected) <= {"no output", "no instance"}
@@ -358,10 +330,8 @@ def seed_file(folder, count=9):
     for i, word in enumerate(tinytown.world().glossary[:count]):
         both = [{"input": "", "output": f"It is {word.zh}."}, {"input": "b", "output": "No."}]
         row = {"id": f"seed_task_{i}", "name": word.en, "instances": both[: 1 + (i == 0)]}
-        row |= {
-            "instruction": f"Tell me in Chinese what {word.en} is.",
-            "is_classification": i == 1,
-        }
+        instruction = f"Tell me in Chinese what {word.en} is."
+        row |= {"instruction": instruction, "is_classification": i == 1}
         lines.append(json.dumps(row) + "\n")
     file = folder / "seed_tasks.jsonl"
     file.write_text("".join(lines), "utf-8")
@@ -390,9 +360,8 @@ def test_the_file_with_its_card_is_what_notebook_06_reads(tmp_path, tiny_tokeniz
     sections = {"Settings": {"requests": 40, "a | b": "c\nd"}, "How": "By hand and by a script."}
     file = cards.save(rows, tmp_path / "made", "Tasks", sections, columns)
     again = data.load(str(file), split="all")
-    assert [{k: row[k] for k in columns} for row in again] == [
-        {k: row[k] for k in columns} for row in rows
-    ]
+    seen, made = ([{k: row[k] for k in columns} for row in part] for part in (again, rows))
+    assert seen == made
     parts = [data.load(str(file), split=split) for split in ("train", "validation", "test")]
     assert sum(map(len, parts)) == len(rows)
     encoded = instruction.encode(parts[0], tiny_tokenizer, instruction.InstructionConfig())

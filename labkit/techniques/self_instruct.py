@@ -170,11 +170,9 @@ def classification_prompt(task: str, seeds: Sequence[Row], rng: Random, shots: i
     shown = _shots(seeds, rng, shots // 2, lang, True)
     shown += _shots(seeds, rng, shots - len(shown), lang, False)
     rng.shuffle(shown)
-    lines = [
-        f"{label}{row['instruction']}\n{KIND[lang]}{yes if row['classification'] else no}"
-        for row in shown
-    ]
-    return "\n\n".join([KIND_HEAD[lang], *lines, f"{label}{task}\n{KIND[lang].strip()}"])
+    asked = [(r["instruction"], yes if r["classification"] else no) for r in shown] + [(task, "")]
+    lines = [f"{label}{text}\n{KIND[lang]}{reply}".rstrip() for text, reply in asked]
+    return "\n\n".join([KIND_HEAD[lang], *lines])
 
 
 def _shots(seeds: Sequence[Row], rng: Random, n: int, lang: str, kind: bool) -> list[Row]:
@@ -296,7 +294,6 @@ def generate_tasks(
 
 
 def _in_batches(respond: Respond, prompts: list[str], batch: int) -> Iterator[str]:
-    """The continuations of `prompts`, asked for `batch` at a time."""
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         replies = list(respond(part))
@@ -351,10 +348,7 @@ def _generate_instances(
             if reason if config.filters else not instance[1]:
                 result.reject(reason or "no output", "\n".join([task.instruction, *instance]))
                 continue
-            row: Row = {
-                "prompt": f"{task.instruction}\n{instance[0]}".strip(),
-                "input": instance[0],
-            }
-            row |= {"completion": instance[1], "classification": kind}
-            row |= {"task": "generated"} | vars(task)
-            result.rows.append(row)
+            prompt = f"{task.instruction}\n{instance[0]}".strip()
+            row: Row = {"prompt": prompt, "input": instance[0], "completion": instance[1]}
+            row |= {"classification": kind, "task": "generated"}
+            result.rows.append(row | vars(task))
