@@ -157,7 +157,7 @@ def generate(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
-    ids = _shortened(_tokens(tokenizer, prompts), _capacity(model, max_new_tokens))
+    ids, _ = _tokens(prompts, model, tokenizer, max_new_tokens, cut=True)
     options = {"temperature": temperature, "batch_size": batch_size}
     return _sample_texts(model, tokenizer, ids, "auto", seed, max_new_tokens, **options)
 
@@ -170,25 +170,20 @@ def _sample_texts(
     return texts(tokenizer, sample(model, ids, **options), options["ends"])
 
 
-def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+def _tokens(
+    prompts: Sequence[str], model: Any, tokenizer: Any, max_new_tokens: int, cut: bool
+) -> tuple[list[list[int]], int]:
+    """Token ids, and how many of them the context has room for; `cut` takes beginnings away."""
     ids = templates.tokenize(prompts, tokenizer)
     if [] in ids:
         raise ValueError(f"prompts: prompt {ids.index([]) + 1}: expected a token or more, got none")
-    return ids
-
-
-def _shortened(ids: list[list[int]], capacity: int) -> list[list[int]]:
-    """Without the beginnings for which there is no room; a warning says of how many."""
-    if cut := sum(len(prompt) > capacity for prompt in ids):
-        log.warning("%d of %d prompts cut to their last %d tokens", cut, len(ids), capacity)
-    return [prompt[-capacity:] for prompt in ids]
-
-
-def _capacity(model: Any, max_new_tokens: int) -> int:
     capacity = (models.context_length(model) or sys.maxsize) - max_new_tokens
     if capacity < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} leave the context no prompt")
-    return capacity
+    if cut and (long := sum(len(prompt) > capacity for prompt in ids)):
+        log.warning("%d of %d prompts cut to their last %d tokens", long, len(ids), capacity)
+        ids = [prompt[-capacity:] for prompt in ids]
+    return ids, capacity
 
 
 @dataclass(frozen=True)
@@ -226,8 +221,7 @@ def encode_prompts(
     contents = [row["prompt"] if "prompt" in row else templates.turns(row) for row in rows]
     asked = [row | {"prompt": c, "completion": ""} for row, c in zip(rows, contents, strict=True)]
     rendered = [text for text, _ in map(templates.renderer(tokenizer, template), asked)]
-    ids, capacity = _tokens(tokenizer, rendered), _capacity(model, max_new_tokens)
-    ids = _shortened(ids, capacity) if long == "cut" else ids
+    ids, capacity = _tokens(rendered, model, tokenizer, max_new_tokens, cut=long == "cut")
     found = [Prompt(*fields) for fields in zip(rows, contents, rendered, ids, strict=True)]
     fitting = [prompt for prompt in found if len(prompt.ids) <= capacity]
     if long == "left out" and fitting:
