@@ -84,23 +84,17 @@ def test_the_tag_is_in_none_of_the_texts():
         assert prompt.count(tag) == 5 and re.search(r"<[0-9a-f]{12}>", again)[0] != tag
 
 
-@pytest.mark.parametrize(
-    "reply, mark",
-    [
-        ("[[A]]", "A"),
-        ("First I thought [[A]].\nNo: [[ b ]]", "B"),
-        ("[[B]] it is, [[b]]", "B"),
-        ("[[A]] if response A is better, [[B]] if response B is better", None),
-        ("<think>[[A]] or [[B]]?</think>\n[[C]]", "C"),
-        ("<think>Perhaps [[A]]", None),
-        ("A", None),
-        ("[[D]]", None),
-        ("[[A]]\n[[AB]]", None),
-        ("[[]]", None),
-        ("", None),
-    ],
-)
-def test_a_verdict_is_the_last_one_and_never_guessed(reply, mark):
+MARKED = {
+    "A": ["[[A]]"],
+    "B": ["First I thought [[A]].\nNo: [[ b ]]", "[[B]] it is, [[b]]"],
+    "C": ["<think>[[A]] or [[B]]?</think>\n[[C]]"],
+    None: ["[[A]] if response A is better, [[B]] if response B is better", "<think>Perhaps [[A]]"],
+}
+MARKED[None] += ["A", "[[D]]", "[[A]]\n[[AB]]", "[[]]", ""]
+
+
+@pytest.mark.parametrize("mark, reply", [(mark, text) for mark in MARKED for text in MARKED[mark]])
+def test_a_verdict_is_the_last_one_and_never_guessed(mark, reply):
     assert last_mark(reply, "[ABC]") == mark
 
 
