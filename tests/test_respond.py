@@ -102,11 +102,9 @@ def test_an_error_says_where_and_what_to_do_without_the_key(name):
 
 
 def test_time_out_and_no_server():
-    with (
-        OpenAIServer(delay=lambda number: 1.0) as server,
-        pytest.raises(TimeoutError, match="longer"),
-    ):
-        ask(server, timeout=0.2, retries=0)(["a"])
+    with OpenAIServer(delay=lambda number: 1.0) as server:
+        with pytest.raises(TimeoutError, match="longer"):
+            ask(server, timeout=0.2, retries=0)(["a"])
     with pytest.raises(ConnectionError, match=server.url):
         ask(server, retries=0)(["a"])
 
@@ -193,17 +191,15 @@ def test_a_killed_process_resumes(tmp_path):
 
 
 def test_damaged_lines_and_other_files(tmp_path, caplog):
-    file = tmp_path / "cache.jsonl"
-    upper = cached(lambda prompts: [prompt.upper() for prompt in prompts], file, key="upper")
-    assert upper(PROMPTS) == ANSWERS
-    data = file.read_bytes()
-    file.write_bytes(data[:-9])
-    asked = []
+    file, asked = tmp_path / "cache.jsonl", []
 
     def respond(prompts):
         asked.extend(prompts)
         return [prompt.upper() for prompt in prompts]
 
+    assert cached(respond, file, key="upper")(PROMPTS) == ANSWERS
+    file.write_bytes(file.read_bytes()[:-9])
+    asked.clear()
     with caplog.at_level(logging.WARNING, "labkit"):
         assert cached(respond, file, key="upper")(PROMPTS) == ANSWERS
     assert asked == PROMPTS[-1:] and "line 12" in caplog.text

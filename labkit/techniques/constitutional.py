@@ -101,10 +101,10 @@ def read(found: dict[str, Any]) -> Constitution:
         turns = [f"{name}: {turn['content'].strip()}\n\n" for talk in talks for name, turn in talk]
         found = {"principles": found["constitutions"], "examples": "".join(turns)}
     sections = {"any": found} if "principles" in found else found
-    read = TypeAdapter(Constitution).validate_json(json.dumps(sections))
-    if not read or not all(section.principles for section in read.values()):
+    checked = TypeAdapter(Constitution).validate_json(json.dumps(sections))
+    if not checked or not all(section.principles for section in checked.values()):
         raise ValueError(f"constitution: expected principles in each section of {[*sections]}")
-    return read
+    return checked
 
 
 def section(constitution: Constitution, row: Row) -> Section:
