@@ -35,8 +35,8 @@ HEAD = {"en": "Come up with a series of tasks:", "zh": "请想出一系列任务
 class SelfInstructConfig:
     """`tasks` are wanted, and `requests` prompts for tasks made at most, `batch` at a time.
 
-    A prompt shows `human` seed tasks and `generated` ones, of one language unless `mixed`, below
-    the line of its language in `heads` (a small model goes on best with a line that it has read).
+    A prompt shows `human` seed tasks and `generated` ones, of one language, below the line of that
+    language in `heads` (a small model goes on best with a line that it has read).
     Lengths are of `tokens`: words, or Chinese characters. `shots`: seed tasks shown to
     ask for kind and instances (the paper's 31 do not fit into a small context). Without `filters`
     everything is kept that has an output.
@@ -47,7 +47,6 @@ class SelfInstructConfig:
     batch: Count = 16
     human: Count = 6
     generated: Natural = 2
-    mixed: bool = False
     similarity: Probability = 0.7
     shortest: Count = 4
     longest: Count = 150
@@ -103,7 +102,7 @@ class Pool:
 
     def sample(self, rng: Random, config: SelfInstructConfig, lang: str) -> list[str]:
         """The tasks of a prompt; while few are generated, more of the seeds."""
-        tasks = [t for t in self.tasks if config.mixed or t.lang == lang]
+        tasks = [t for t in self.tasks if t.lang == lang]
         seeds = [t.instruction for t in tasks if t.request is None]
         own = [t.instruction for t in tasks if t.request is not None]
         chosen = rng.sample(own, min(config.generated, len(own)))
