@@ -1,10 +1,13 @@
 """A run goes on only from a checkpoint of its own: what differs is named."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from labkit import checkpoints
+from labkit.batching import Example
+from labkit.pairs import Pair
 from labkit.techniques import adapter, lora, prefix
 
 
@@ -45,6 +48,14 @@ def test_other_adapters_and_buffers_have_other_fingerprints(tiny_model):
         made[-1].running_mean += 1
     found = [str(checkpoints.fingerprint(model)) for model in made]
     assert len(set(found)) == len(made)
+
+
+def test_other_labels_of_the_same_pairs_are_another_run(tiny_model):
+    one = Example(np.arange(4), np.ones(4, dtype=int))
+    known = np.zeros(2)
+    pairs = [Pair(one, one, known), Pair(one, one, known, 0.7), Pair(one, one, known, 0.3)]
+    pairs.append(Pair(one, one, known + 1))
+    assert len({checkpoints.fingerprint(tiny_model(), [p])["examples"] for p in pairs}) == 4
 
 
 @pytest.mark.parametrize("content", [None, b"", b"ab"])
