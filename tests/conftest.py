@@ -15,14 +15,27 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("HF_ENDPOINT", None)
+os.environ.pop("LABKIT_RUN_DIR", None)
+os.environ.pop("LABKIT_RUNS", None)
 
 import pytest
 
 HERE = Path(__file__).parent
-ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma", "mistral")
+# Two layers, hidden size 64. 448 rows for 400 entries: published models pad their embedding, too.
+BASE = dict(vocab_size=448, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+BASE |= dict(initializer_range=0.1)
+SHAPE = BASE | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+SHAPE |= dict(num_attention_heads=4, max_position_embeddings=256)
+ARCHITECTURES = {
+    "llama": SHAPE,
+    "gpt2": BASE | dict(n_embd=64, n_layer=2, n_head=4, n_positions=256),
+    "qwen2": SHAPE | dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "gemma": SHAPE | dict(num_key_value_heads=1, head_dim=16),
+    "mistral": SHAPE | dict(num_key_value_heads=2, sliding_window=None),
+}
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -45,6 +58,13 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+def python(code, *arguments, **environment):
+    """A process of its own that runs `code`, without the W&B settings of this one."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | environment
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
 
 
 def build_tokenizer(pad_token=PAD, eos_token=END, chat=True):
@@ -70,27 +90,6 @@ def build_tokenizer(pad_token=PAD, eos_token=END, chat=True):
     return tokenizer
 
 
-def build_config(arch, vocab_size=448, pad_token_id=0, eos_token_id=1):
-    """A configuration of two layers and hidden size 64; grouped keys where usual."""
-    import transformers as tf
-
-    ids = dict(pad_token_id=pad_token_id, eos_token_id=eos_token_id, bos_token_id=None)
-    if arch == "gpt2":
-        shape = dict(vocab_size=vocab_size, n_embd=64, n_layer=2, n_head=4, n_positions=256)
-        return tf.GPT2Config(initializer_range=0.1, **shape, **ids)
-    shape = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    shape |= dict(num_attention_heads=4, max_position_embeddings=256, initializer_range=0.1, **ids)
-    if arch == "llama":
-        return tf.LlamaConfig(**shape)
-    if arch == "qwen2":
-        return tf.Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True, **shape)
-    if arch == "gemma":
-        return tf.GemmaConfig(num_key_value_heads=1, head_dim=16, **shape)
-    if arch == "mistral":
-        return tf.MistralConfig(num_key_value_heads=2, sliding_window=None, **shape)
-    raise ValueError(f"arch: expected one of {ARCHITECTURES}, got {arch!r}")
-
-
 @pytest.fixture(scope="session")
 def make_tokenizer():
     """Factory `make_tokenizer(pad_token=…, eos_token=…, chat=True)`; a fresh one each call."""
@@ -109,10 +108,9 @@ def tiny_model():
 
     def make(arch="llama", seed=0):
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        # 448 rows for 400 entries: published models pad their embedding, too.
-        config = build_config(arch)
+        config = AutoConfig.for_model(arch, **ARCHITECTURES[arch])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -188,10 +186,8 @@ def jupyterlab():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        options = (
-            f"--no-browser --allow-root --port={port} --IdentityProvider.token= --ip=127.0.0.1"
-        )
-        command = [sys.executable, "-m", "jupyterlab", *options.split(), f"--notebook-dir={folder}"]
+        command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={folder}", f"--port={port}"]
+        command += "--no-browser --allow-root --IdentityProvider.token= --ip=127.0.0.1".split()
         settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
         settings.mkdir(parents=True)
         (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')

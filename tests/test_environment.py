@@ -3,13 +3,13 @@
 import json
 import re
 import subprocess
-import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import python
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -52,10 +52,9 @@ HEAVY = set("torch transformers trl peft datasets wandb matplotlib papermill".sp
 @pytest.mark.parametrize("name", ["record", "cli", "plots", "notebooks", "widgets"])
 def test_import_is_fast_and_loads_no_heavy_library(name):
     code = f"import sys, time; t = time.process_time(); import labkit.{name}; "
-    command = [sys.executable, "-c", f"{code} print(time.process_time() - t, *sys.modules)"]
-    done = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-    lines = [process.stdout.split() for process in done]
-    assert HEAVY.isdisjoint(lines[0])
+    code += "print(time.process_time() - t, *sys.modules)"
+    lines = [python(code).stdout.split() for _ in range(3)]
+    assert f"labkit.{name}" in lines[0] and HEAVY.isdisjoint(lines[0])
     assert name == "widgets" or min(float(seconds) for seconds, *_ in lines) < 0.3
 
 

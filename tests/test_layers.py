@@ -4,44 +4,17 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "labkit"
-LAYERS = [
-    {
-        "config",
-        "files",
-        "tinytown",
-        "formats",
-        "templates",
-        "models",
-        "state",
-        "batching",
-        "show",
-        "plots",
-        "provenance",
-        "similarity",
-        "respond",
-    },
-    {
-        "cards",
-        "wandb_log",
-        "data",
-        "pairs",
-        "logprobs",
-        "generate",
-        "respond",
-        "record",
-        "sweeps",
-        "notebooks",
-        "checkpoints",
-        "progress",
-    },
-    {"training", "evaluation", "lab", "report", "dashboard", "spectra", "doctor", "widgets"},
-    {"judging", "refusals", "rating", "harness"},
-    {"techniques"},
-    {"simulation"},
-    {"memory"},
-    {"cli"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LAYERS = """
+config files tinytown formats templates models state batching show plots provenance similarity
+cards wandb_log data pairs logprobs generate respond record sweeps notebooks checkpoints progress
+training evaluation lab report dashboard spectra doctor widgets
+judging refusals rating harness
+techniques
+simulation
+memory
+cli
+"""
+LEVEL = {name: level for level, names in enumerate(LAYERS.splitlines()) for name in names.split()}
 SHARED = {"lora", "quantization", "rollout"}
 BUILT_ON = dict.fromkeys(("qlora", "ppo", "critic_free"), SHARED)  # techniques that use another
 BUILT_ON |= {"constitutional": {"dpo", "reward"}}
