@@ -11,8 +11,6 @@ from labkit import cli, notebooks
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-SECTIONS = """Setup, The idea, The core, By hand, The data, Train, Evaluate, Ablation,
-Claims, Explore, Exercises, Close""".replace("\n", " ").split(", ")
 LESSON = """In short, The idea, Write it yourself, With the libraries, Train, Before and after,
 Ablation, Prediction and outcome, In practice, Interview question, Explore, Exercises,
 Next""".replace("\n", " ").split(", ")
@@ -36,11 +34,7 @@ def titles(cells):
 
 def section(nb, name):
     """The cells below the heading `name`."""
-    inside, cells = False, []
-    for cell in nb.cells:
-        inside = titles([cell])[-1] == name if titles([cell]) else inside
-        cells += [cell] if inside else []
-    return cells
+    return [c for i, c in enumerate(nb.cells) if titles(nb.cells[: i + 1])[-1:] == [name]]
 
 
 @every
@@ -84,8 +78,7 @@ def test_a_question_and_a_prediction_come_first_and_the_sections_once_in_order(p
     nb, (parameters, *_) = read(path)
     before = " ".join(cell.source for cell in nb.cells[: nb.cells.index(parameters)]).lower()
     assert "question" in before and "prediction" in before
-    order = LESSON if LESSON[0] in titles(nb.cells) else SECTIONS
-    assert [title for title in titles(nb.cells) if title in order] == order
+    assert [title for title in titles(nb.cells) if title in LESSON] == LESSON
 
 
 @each_technique
@@ -104,23 +97,21 @@ def test_what_only_keeps_books_is_folded_and_little_code_is_left_to_read(path):
 @each_technique
 def test_every_promised_claim_has_its_row_and_the_run_is_closed(path):
     nb, _ = read(path)
-    claims, close = section(nb, "Claims"), section(nb, "Close")
-    if LESSON[0] in titles(nb.cells):
-        claims, close = section(nb, "Prediction and outcome"), section(nb, "Next")
+    claims = section(nb, "Prediction and outcome")
     outputs = [output for cell in claims for output in cell.get("outputs", [])]
     pages = [output.get("data", {}).get("text/html", "") for output in outputs]
     table = [page for page in pages if 'class="labkit-claims"' in page][-1]
     shown = {int(number) for number in re.findall(r"<tr><td[^>]*>(\d+)</td>", table)}
     assert set(nb.metadata.labkit.claims) <= shown
-    assert any(".finish(" in cell.source for cell in close)
+    assert any(".finish(" in cell.source for cell in section(nb, "Next"))
 
 
 @each_technique
 def test_data_of_ones_own_is_checked_for_what_its_comment_asks(path):
     (about,) = (n for n in notebooks.available() if n.path == path)
     said = re.search(r'(?m)^data = "\w+"  # (\w+):', notebooks.parameters_cell(path))
-    kinds = {"preferences": "preferences", "prompts": "prompts"}
-    assert about.learns == kinds.get(said[1] if said else "", "answers")
+    kind = said[1] if said else ""
+    assert about.learns == (kind if kind in ("preferences", "prompts") else "answers")
 
 
 def test_profiles_hold_good_values_of_parameters_that_exist():
