@@ -26,7 +26,7 @@ from labkit import notebooks, sweeps, wandb_log
 from labkit.files import plain, write_text
 from labkit.provenance import commit, hardware, peak_memory, versions
 from labkit.show import Table, keepers
-from labkit.sweeps import differs, recorded  # noqa: F401
+from labkit.sweeps import recorded  # noqa: F401
 
 Place = str | Path | None
 Values = dict[str, Any]
@@ -122,10 +122,13 @@ class Run:
         """
         if not isinstance(shown, Table):
             return self._send("figure", name, shown)
-        asked = [row[shown.columns[0]] for row in plain(shown.rows)]
+
+        def asked(rows: list[Values]) -> list[Any]:  # the columns, and what stands in the first
+            return [list(rows[0]), [next(iter(row.values())) for row in rows]]
+
         for key in (name, *(f"{name} {number}" for number in range(2, 21))):
             known = self.record["tables"].get(key)
-            if asked and (not known or _questions(known) == (shown.columns, asked)):
+            if shown.rows and (not known or asked(known) == asked(plain(shown.rows))):
                 self.table(key, shown.rows)
                 break
 
@@ -192,9 +195,7 @@ class Run:
         _write_record(self.folder, self.record)
 
 
-def start(
-    notebook: str, parameters: Values, *, root: Place = None, wandb_project: str = "labkit"
-) -> Run:
+def start(notebook: str, parameters: Values, *, root: Place = None) -> Run:
     """Begin a run: make its folder, write the first record, open W&B unless it is off.
 
     `parameters` may be a notebook's `globals()`, of which its parameters are taken. They are
@@ -203,11 +204,11 @@ def start(
     `project_root()`. Raises OSError if it cannot be written or holds a record, and ValueError
     from `notebooks.validate` and `check_resume`.
     """
+    project = parameters.get("wandb_project", "labkit")
     with suppress(FileNotFoundError):  # no such notebook
         path = notebooks.folder() / f"{notebook}.ipynb"
         known = notebooks.parameters(path)
         if "__name__" in parameters:
-            wandb_project = parameters.get("wandb_project", wandb_project)
             parameters = {n: parameters[n] for n in known if n != "wandb_project"}
         own = {name: value for name, value in parameters.items() if name in known}
         parameters = parameters | notebooks.validate(own, path)
@@ -221,7 +222,7 @@ def start(
     run = Run(notebook, folder, parameters)
     keepers[:] = [run.keep]
     if os.environ.get("WANDB_MODE") != "disabled":
-        run._wandb = wandb_log.Log(run.record, folder, wandb_project)
+        run._wandb = wandb_log.Log(run.record, folder, project)
     Run._open, sweeps.this_run = run, {"notebook": notebook} | run.record["parameters"]
     return run
 
@@ -343,11 +344,6 @@ def _drop_empty(folder: Path) -> None:
     for path in sorted(own, reverse=True):
         with suppress(OSError):  # a file, or a folder with files
             path.rmdir()
-
-
-def _questions(rows: list[Values]) -> tuple[list[str], list[Any]]:
-    """The columns of a table, and what stands in the first."""
-    return [*rows[0]], [next(iter(row.values())) for row in rows]
 
 
 def _now() -> str:
