@@ -20,6 +20,7 @@ from labkit.files import write_text
 
 _COPY = re.compile(r'<div class="labkit-\w+-copy"><style>.*?</style>(.*)</div>', re.DOTALL)
 _DRAWN = re.compile(r"(<br>)?<figure.*?</figure>|<svg.*?</svg>", re.DOTALL)
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 ABOUT: dict[str, Any] = {"question": "", "seconds_cpu": None, "memory_mb": None, "claims": []}
 ABOUT |= {"learns": "answers"}  # or "preferences", "prompts": what its `data` must hold
 ABOUT |= {"verdicts": []}  # number, claim and verdict of each claim, as last committed
@@ -71,8 +72,8 @@ def find(name: str) -> Path:
 
 def parameters_cell(path: Path) -> str:
     """The source of the cell tagged `parameters`: a line for each, its meaning in a comment."""
-    tagged = [c["source"] for c in _read(path)[0] if "parameters" in c["metadata"].get("tags", [])]
-    return "\n".join(tagged)
+    cells = _read(path)[0]
+    return "\n".join(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))
 
 
 def limits(path: Path) -> str:
@@ -188,10 +189,10 @@ def clean(path: Path) -> None:
         tags = [tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill-")]
         folded = {k: v for k, v in cell.metadata.items() if k == "jupyter"}  # its code, that is
         cell.metadata = nbformat.from_dict(({"tags": tags} if tags else {}) | folded)
-        if "outputs" in cell:  # of a widget, its copy is kept
-            cell.outputs = [output for output in cell.outputs if not _dead(output)]
-        for output in cell.get("outputs", []):
+        for output in [*cell.get("outputs", [])]:
             data = output.get("data", {})
+            if _WIDGET in data or data == {"text/plain": ""}:  # of a widget, its copy is kept
+                cell.outputs.remove(output)
             if "image/png" in data:  # GitHub shows no pictures in HTML
                 data.pop("text/html", "")
             if "text/html" in data:
@@ -210,11 +211,6 @@ def keep_verdicts(path: Path, claims: list[dict[str, Any]]) -> None:
     names = ("number", "claim", "verdict")
     nb["metadata"]["labkit"]["verdicts"] = [{name: c[name] for name in names} for c in claims]
     write_text(path, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-
-
-def _dead(output: Any) -> bool:
-    data = output.get("data", {})
-    return "application/vnd.jupyter.widget-view+json" in data or data == {"text/plain": ""}
 
 
 def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:
