@@ -32,12 +32,10 @@ class Explorer(w.VBox):
         values = [f"{c.description} = {getattr(c, 'label', None) or c.value}" for c in controls]
         caption = f"{', '.join(values)} (run the cell to change them)"
         display(self._repr_mimebundle_() | {"text/plain": caption}, raw=True)
-        hidden = f"body:has(.{name}) .{name}-copy{{display:none}}"
         # JupyterLab says "model not found" in place of a widget whose kernel is gone.
-        hidden += (
-            f".jp-OutputArea-child:has(~ * .{name}-copy) [data-mime-type*=widget]:not(:has(*))"
-        )
-        start = f'<div class="{name}-copy"><style>{hidden}{{display:none}}</style>'
+        gone = f".jp-OutputArea-child:has(~ * .{name}-copy) [data-mime-type*=widget]:not(:has(*))"
+        hidden = f"body:has(.{name}) .{name}-copy{{display:none}}{gone}{{display:none}}"
+        start = f'<div class="{name}-copy"><style>{hidden}</style>'
         first = {"data": {"text/html": f"<p>{escape(caption)}</p>"}}
         for output in [first, *view.outputs]:
             data, about = output.get("data", output), output.get("metadata", {})
@@ -93,21 +91,18 @@ def ask(
     """
     from labkit.generate import responses  # torch takes seconds
 
+    options: dict[str, Any] = dict(template=template, max_new_tokens=max_new_tokens)
+
     def answers(question: str, temperature: float) -> Table:
-        options: dict[str, Any] = dict(temperature=temperature, template=template)
-        rows = [{"prompt": question.strip() or questions[0], "completion": ""}]
-        options["max_new_tokens"] = max_new_tokens
-        found = [responses(net, tokenizer, rows, **options)[0][0] for net in networks.values()]
+        prompt, given = question.strip() or questions[0], options | {"temperature": temperature}
+        found = [responses(net, tokenizer, [prompt], **given)[0][0] for net in networks.values()]
         return SideBySide(tuple(networks), [found])
 
-    known = dict(options=list(questions), value=questions[0], continuous_update=False)
-    return explore(
-        answers,
-        question=w.Combobox(**known, description="question", layout={"width": "40em"}),
-        temperature=w.FloatSlider(
-            max=1.5, step=0.1, continuous_update=False, description="temperature"
-        ),
-    )
+    late: dict[str, Any] = dict(continuous_update=False)
+    known = dict(options=list(questions), value=questions[0], layout={"width": "40em"})
+    box = w.Combobox(description="question", **known, **late)
+    slider = w.FloatSlider(description="temperature", max=1.5, step=0.1, **late)
+    return explore(answers, question=box, temperature=slider)
 
 
 def lora_row(rank: int, width: int, layers: int, targets: str = "q, v") -> dict[str, str]:
