@@ -11,11 +11,9 @@ from typing import Any
 from .templates import Row, prompt_text, response
 
 SIGNS = {"holds": "✔", "holds in part": "◐", "does not hold here": "✘"}
-_MASKS = (  # tags that GitHub keeps, colours where they are let through
-    '<span style="opacity:.65">{}</span>',
-    '<ins><b style="font-weight:normal;background:#2a63">{}</b></ins>',
-)
-_MASK_LINE = "line-height:1.9;text-align:left;white-space:pre-wrap"
+# Tags that GitHub keeps, colours where they are let through.
+_NO_LOSS = '<span style="opacity:.65">{}</span>'
+_LOSS = '<ins><b style="font-weight:normal;background:#2a63">{}</b></ins>'
 
 
 def show(value: Any) -> str:
@@ -50,11 +48,10 @@ class Table:
         return [*map(list, zip(*columns, strict=True))]
 
     def _repr_html_(self) -> str:
-        numbers = [
-            all(isinstance(row.get(name, 0), int | float) for row in self.rows)
-            for name in self.columns
-        ]
-        sides = ["right" if number and not self.style else "left" for number in numbers]
+        sides = []
+        for name in self.columns:
+            numbers = all(isinstance(row.get(name, 0), int | float) for row in self.rows)
+            sides.append("right" if numbers and not self.style else "left")
 
         def line(tag: str, texts: Iterable[str]) -> str:
             cells = ""
@@ -104,11 +101,7 @@ def outcomes(rows: Iterable[tuple[str, object, object]]) -> Table:
 
 
 def side_by_side(
-    rows: list[Row],
-    before: Sequence[str],
-    after: Sequence[str],
-    n: int = 5,
-    own_form: Sequence[str] = (),
+    rows: list[Row], before: list[str], after: list[str], n: int = 5, own_form: Sequence[str] = ()
 ) -> Table:
     """n rows, spread evenly: prompt, expected answer, answers before and after training.
 
@@ -129,10 +122,10 @@ class MaskView:
         self.examples = examples
 
     def _repr_html_(self) -> str:
-        page = ""
+        page, style = "", "line-height:1.9;text-align:left;white-space:pre-wrap"
         for line in [[("no loss", False), (" ", False), ("loss", True)], *self.examples]:
-            tokens = (_MASKS[loss].format(escape(t.replace("\n", "⏎\n"))) for t, loss in line)
-            page += f'<p style="{_MASK_LINE}">{"".join(tokens)}</p>'
+            tokens = ((_LOSS if loss else _NO_LOSS, t.replace("\n", "⏎\n")) for t, loss in line)
+            page += f'<p style="{style}">{"".join(tag.format(escape(t)) for tag, t in tokens)}</p>'
         return page
 
     def __repr__(self) -> str:
