@@ -91,9 +91,8 @@ def loss_curve(
 
     Each point is the mean of the last `window` entries: single batches are noisy.
     """
-    runs = history if isinstance(history, Mapping) else {"": history}
     series = {}
-    for label, entries in runs.items():
+    for label, entries in (history if isinstance(history, Mapping) else {"": history}).items():
         losses = [entry["loss"] for entry in entries]
         means = [fmean(losses[max(0, i - window) : i]) for i in range(1, len(losses) + 1)]
         series[label] = [entry["step"] for entry in entries], means
@@ -106,7 +105,7 @@ def lines(series: Series, **labels: Any) -> Any:
     figure, axes = figure_axes(**labels)
     for label, (x, y) in series.items():
         axes.plot(x, y, label=label, marker="o" if len(x) <= 20 else None)
-    return _with_legend(figure, axes, series)
+    return _with_legend(figure, axes)
 
 
 @_style()
@@ -118,13 +117,13 @@ def sweep(x: Sequence[float], series: Seeds, *, reference: Any = None, **labels:
     figure, axes = figure_axes(**labels)
     for label, values in series.items():
         axes.errorbar(x, *_mean_std(values), label=label, marker="o")
-    references = reference or {}
-    for (label, value), style in zip(references.items(), cycle(("--", ":", "-.")), strict=False):
-        axes.axhline(value, color="#333333", linestyle=style, linewidth=1, label=label)
+    styles = cycle(("--", ":", "-."))
+    for label, value in (reference or {}).items():
+        axes.axhline(value, color="#333333", linestyle=next(styles), linewidth=1, label=label)
     if labels.get("logx"):  # the values that were tried, not powers of ten
         axes.set_xticks(list(x), [f"{v:g}" for v in x])
         axes.minorticks_off()
-    return _with_legend(figure, axes, {**series, **references})
+    return _with_legend(figure, axes)
 
 
 @_style()
@@ -154,7 +153,7 @@ def panels(series: Mapping[str, Series], *, xlabel: str, title: str) -> Any:
 @_style()
 def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> Any:
     """Bars of `{label: number or values of the seeds}`, or grouped: `{series: {label: …}}`."""
-    grouped = bool(values) and all(isinstance(v, Mapping) for v in values.values())
+    grouped = values and all(isinstance(v, Mapping) for v in values.values())
     groups: Mapping[str, Any] = values if grouped else {"": values}
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure, axes = figure_axes(**labels)
@@ -170,7 +169,7 @@ def bars(values: Mapping[str, Any], *, percent: bool = False, **labels: Any) -> 
     if percent:
         axes.set_ylim(1.1 * lowest, 1.02)  # a gold score may be negative
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _with_legend(figure, axes, groups, below=True)
+    return _with_legend(figure, axes, below=True)
 
 
 @_style()
@@ -188,7 +187,7 @@ def corner(
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _with_legend(figure, axes, points)
+    return _with_legend(figure, axes)
 
 
 @_style()
@@ -197,13 +196,12 @@ def histograms(pictures: Mapping[str, Mapping[str, Sequence[float]]], *, title: 
     figure = _figure(figsize=(3.1 * max(2, len(pictures)), 2.7))
     figure.suptitle(title, fontsize=11)
     for place, (xlabel, values) in enumerate(pictures.items(), start=1):
-        labels = dict(xlabel=xlabel, ylabel="share (%)")
-        axes = figure.add_subplot(1, len(pictures), place, **labels)
+        axes = figure.add_subplot(1, len(pictures), place, xlabel=xlabel, ylabel="share (%)")
         named = {label: list(found) for label, found in values.items() if len(found)}
         shares = [[100 / len(found)] * len(found) for found in named.values()]
         if named:
             axes.hist(list(named.values()), bins=15, weights=shares, label=list(named))
-    return _with_legend(figure, figure.axes[0], next(iter(pictures.values())), below=True)
+    return _with_legend(figure, figure.axes[0], below=True)
 
 
 @_style()
@@ -231,10 +229,11 @@ def _mean_std(values: Iterable[Any]) -> tuple[list[float], list[float]]:
     return [fmean(xs) for xs in seeds], [stdev(xs) if len(xs) > 1 else 0.0 for xs in seeds]
 
 
-def _with_legend(figure: Any, axes: Any, labels: Mapping[str, Any], below: bool = False) -> Any:
+def _with_legend(figure: Any, axes: Any, below: bool = False) -> Any:
     """`below` the axes, where bars leave no room inside."""
-    if any(labels) and below:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    elif any(labels):
+    handles, names = axes.get_legend_handles_labels()
+    if names and below:
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
+    elif names:
         axes.legend()
     return figure
