@@ -26,9 +26,8 @@ def tune(
     The `main` training of a notebook is logged, and has its checkpoints in the run's folder. The
     loss of `eval_examples` is shown beside that of training.
     """
-    more: dict[str, Any] = {"eval_examples": eval_examples}
-    if main:
-        more |= {"log": run.log, "output_dir": run.path("checkpoints")}
+    more: dict[str, Any] = {"log": run.log, "output_dir": run.path("checkpoints")} if main else {}
+    more |= {"eval_examples": eval_examples}
     with run.timed("training"):
         return fit(network, examples, sft_loss, TrainConfig(**config), **more)
 

@@ -10,8 +10,7 @@ ROWS = [{"prompt": f"river {i}", "completion": "mill"} for i in range(8)]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+def run(tmp_path):
     opened = record.start("lab", {}, root=tmp_path)
     yield opened
     opened.finish()
@@ -32,10 +31,8 @@ def test_a_main_training_is_logged_and_scores_are_metrics(run, tiny_model, tiny_
     assert scores.table().rows[1]["accuracy"] == "100.0%"
     found = json.loads((run.folder / "record.json").read_text("utf-8"))
     assert found["metrics"]["accuracy_lora_r8_after"] == 1.0 and len(found["metrics"]) == 6
-    assert len(found["history"]) == result.steps and set(found["timings"]) == {
-        "training",
-        "evaluation",
-    }
+    assert len(found["history"]) == result.steps
+    assert set(found["timings"]) == {"training", "evaluation"}
     question, _, answers = scores.ask({"LoRA": model}).children
     assert question.value == "river 0" and len(question.options) == 8
     assert "mill" in str(answers.outputs)
@@ -44,8 +41,5 @@ def test_a_main_training_is_logged_and_scores_are_metrics(run, tiny_model, tiny_
 
 
 def test_a_prediction_is_kept_or_broken():
-    rows = show.outcomes([("it rises", "+1", True), ("it falls", "+1", False)]).rows
-    assert [list(row.values()) for row in rows] == [
-        ["it rises", "+1", "kept"],
-        ["it falls", "+1", "broken"],
-    ]
+    table = show.outcomes([("it rises", "+1", True), ("it falls", "+1", False)])
+    assert table.cells() == [["it rises", "+1", "kept"], ["it falls", "+1", "broken"]]
