@@ -8,7 +8,6 @@ can answer, and statements true or false) and `tinytown_harm`. Those of lm-eval,
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
@@ -29,14 +28,11 @@ def evaluate(
     *,
     chat: bool | None = None,
     limit: int | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per task and metric: `value`, its standard error, and `n` questions.
 
     chat: ask in the tokenizer's chat template, by default if it has one; else Tinytown's tasks are
     asked as "Q: … A:" and others as lm-eval has them. limit: at most so many questions per task.
-    progress: show the bars of lm-eval.
     Raises ImportError without lm-eval, ConnectionError where questions cannot be fetched, or
     ValueError for a task that is not known or empty, or a template that is not there.
     """
@@ -58,33 +54,25 @@ def evaluate(
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}")
     training = model.training
-    network = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
-    options: dict[str, Any] = {"limit": limit, "apply_chat_template": chat, "task_manager": manager}
+    network = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=32)
+    options: dict[str, Any] = {"limit": limit, "apply_chat_template": chat, "log_samples": False}
+    options |= dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
     try:
-        with redirect_stderr(sys.stderr if progress else StringIO()):  # lm-eval's many bars
-            found = simple_evaluate(
-                network, tasks=list(tasks), log_samples=False, **options, **seeds
-            )
+        with redirect_stderr(StringIO()):  # lm-eval's many bars
+            found = simple_evaluate(network, tasks=list(tasks), task_manager=manager, **options)
     except (ConnectionError, FileNotFoundError) as error:
-        raise ConnectionError(
-            f"tasks: questions could not be fetched from the hub: {error}"
-        ) from error
+        raise ConnectionError(f"tasks: questions not fetched from the hub: {error}") from error
     finally:
         model.train(training)
-    return _rows(found)
-
-
-def _rows(found: Any) -> list[dict[str, Any]]:
     rows = []
     for task, metrics in found["results"].items():
         n = found["n-samples"].get(task, {}).get("effective")
         for name, value in metrics.items():
             metric, comma, rest = name.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                error = metrics.get(f"{metric}_stderr,{rest}")
+                deviation = metrics.get(f"{metric}_stderr,{rest}")
                 row = {"task": task, "metric": metric, "value": float(value)}
-                rows.append(row | {"standard error": error, "n": n})
+                rows.append(row | {"standard error": deviation, "n": n})
     if not rows:
         raise ValueError("tasks: expected at least one question, got none")
     return rows

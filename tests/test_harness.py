@@ -1,6 +1,6 @@
 """Tinytown's tasks for lm-eval: their questions, and their scores against a computation of our own."""
 
-import importlib.util
+import runpy
 import sys
 
 import pytest
@@ -11,17 +11,12 @@ from labkit.tinytown.judge import refuses
 from labkit.tinytown.tasks import OWN_FORM
 
 TASKS = ("knowledge", "strangers", "truth", "harm")
-needs_lm_eval = pytest.mark.skipif(
-    not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed"
-)
 
 
 @pytest.fixture(scope="module")
 def questions():
-    spec = importlib.util.spec_from_file_location("docs", harness.FOLDER / "docs.py")
-    docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(docs)
-    return {task: getattr(docs, task)()["test"].to_list() for task in TASKS}
+    docs = runpy.run_path(str(harness.FOLDER / "docs.py"))
+    return {task: docs[task]()["test"].to_list() for task in TASKS}
 
 
 def test_one_choice_is_right_and_its_place_says_nothing(questions):
@@ -49,8 +44,8 @@ def test_what_is_asked_is_not_trained_on(questions):
         assert not trained & {q["prompt"] for q in questions[task]}, task
 
 
-@needs_lm_eval
 def test_accuracy_is_that_of_the_choice_with_the_highest_log_probability(questions):
+    pytest.importorskip("lm_eval")
     model, tokenizer = models.load("tinytown", device="cpu")
     model.train()
     before = torch.get_rng_state()
@@ -75,15 +70,14 @@ def test_accuracy_is_that_of_the_choice_with_the_highest_log_probability(questio
     assert right > 18  # the base knows its town
 
 
-@needs_lm_eval
 def test_what_cannot_be_run_is_named(tiny_model, make_tokenizer):
+    pytest.importorskip("lm_eval")
     model, plain = tiny_model("llama"), make_tokenizer(chat=False)
     with pytest.raises(ValueError, match="no chat template"):
         harness.evaluate(model, plain, chat=True)
     found = harness.evaluate(model, plain, ["tinytown_honesty"], limit=2)
-    assert {"tinytown_honesty", "tinytown_strangers", "tinytown_truth"} == {
-        r["task"] for r in found
-    }
+    tasks = {row["task"] for row in found}
+    assert tasks == {"tinytown_honesty", "tinytown_strangers", "tinytown_truth"}
     for options in ({"tasks": ()}, {"tasks": "mmlu"}, {"limit": 0}):
         with pytest.raises(ValueError, match="tasks, limit"):
             harness.evaluate(model, plain, **options)
