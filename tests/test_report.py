@@ -2,27 +2,12 @@
 
 import json
 from html.parser import HTMLParser
-from itertools import count
 
 import pytest
 
 from labkit import record, report
 
 EVIL = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 1'><!--<script>"
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.delenv("LABKIT_RUN_DIR", raising=False)
-    numbers = count()  # two runs of one second have no order
-
-    def new_folder(notebook, root):
-        folder = root / "runs" / notebook / f"20260101-000000-{next(numbers):06x}"
-        folder.mkdir(parents=True)
-        return folder
-
-    monkeypatch.setattr(record, "new_folder", new_folder)
 
 
 def make(root, notebook="02_lora", losses=(4.0, 2.0), verdict="holds", text="the mill", **given):
@@ -81,9 +66,8 @@ def test_what_a_record_says_is_never_markup(tmp_path):
     assert json.loads(page.scripts[0])["runs"][0]["parameters"]["data"] == EVIL
     code = [file for file in report.SCRIPTS if not file.startswith("uPlot")]
     sources = "".join((report.HERE / file).read_text("utf-8") for file in code)
-    assert not [
-        way for way in ("innerHTML", "outerHTML", "insertAdjacent", "eval(") if way in sources
-    ]
+    ways = ("innerHTML", "outerHTML", "insertAdjacent", "eval(")
+    assert not [way for way in ways if way in sources]
     assert "http://" not in text and 'src="' not in text  # needs nothing from elsewhere
 
 
@@ -121,10 +105,8 @@ def show(browser, tmp_path):
     assert not errors
 
 
-def cells(page, row=None):
-    return page.locator(
-        "tbody tr" if row is None else f"tbody tr:nth-child({row}) > *"
-    ).all_inner_texts()
+def rows(page):
+    return page.locator("tbody tr").all_inner_texts()
 
 
 def test_runs_are_filtered_sorted_grouped_and_kept_in_the_address(tmp_path, show):
@@ -133,18 +115,18 @@ def test_runs_are_filtered_sorted_grouped_and_kept_in_the_address(tmp_path, show
     make(tmp_path, losses=(4.0, 1.0), rank=16)
     make(tmp_path, "09_dpo", verdict="does not hold here")
     page = show()
-    assert len(cells(page)) == 4
+    assert len(rows(page)) == 4
     page.fill("#search", "lora rank<=8")
-    assert len(cells(page)) == 2 and "q=lora" in page.url
+    assert len(rows(page)) == 2 and "q=lora" in page.url
     page.fill("#search", "lora")
     page.get_by_role("button", name="accuracy").click()
-    assert ["0.25", "0.25", "0.75"] == [row.split("\t")[-1] for row in cells(page)]
+    assert ["0.25", "0.25", "0.75"] == [row.split("\t")[-1] for row in rows(page)]
     page.get_by_role("button", name="accuracy").click()
     assert page.locator("th[aria-sort=descending]").inner_text().startswith("accuracy")
     page.get_by_label("Group over seeds").check()
-    assert len(cells(page)) == 2 and "0.5 ± 0.35" in cells(page)[0]
+    assert len(rows(page)) == 2 and "0.5 ± 0.35" in rows(page)[0]
     again = show(page.url[page.url.index("#") :])
-    assert cells(again) == cells(page)
+    assert rows(again) == rows(page)
     page.get_by_text("Columns").click()
     page.get_by_label("commit").check()
     assert page.get_by_role("button", name="commit").count() == 1
@@ -203,11 +185,11 @@ def test_five_hundred_runs_answer_at_once(tmp_path, show):
         text = json.dumps(template | {"id": folder.name, "parameters": given})
         (folder / "record.json").write_text(text)
     page = show()
-    assert len(cells(page)) == 100  # the others come as one scrolls
+    assert len(rows(page)) == 100  # the others come as one scrolls
     code = "(() => { const t = performance.now(); render(); return performance.now() - t })()"
     assert min(page.evaluate(code) for _ in range(3)) < 1000
     page.fill("#search", "rank=499")
-    assert len(cells(page)) == 1
+    assert len(rows(page)) == 1
 
 
 def test_keys_reach_search_sorting_and_links(tmp_path, show):

@@ -63,16 +63,6 @@ function summary(values) {
   return { sort: known.length > 1 ? texts.join() : known[0], text: texts.join(", "), number: known.every(isNumber) };
 }
 
-function groupBy(items, key) {
-  const found = new Map();
-  for (const item of items) {
-    const name = key(item);
-    if (found.has(name)) found.get(name).push(item);
-    else found.set(name, [item]);
-  }
-  return found;
-}
-
 const path = (...parts) => "./" + parts.join("/").split("/").map(encodeURIComponent).join("/");
 function link(view, values = {}) {
   const kept = Object.entries(values).filter(([name, value]) => value && name !== "view");
@@ -91,10 +81,11 @@ function verdict(word, bare = false) {
   const name = h("span", { class: bare ? "hidden" : null }, word);
   return h("span", { class: `verdict ${kind}`, title: word }, `${sign} `, name);
 }
-function tally(claims) {
-  const counts = VERDICTS.map(([word]) => [word, claims.filter((claim) => claim.verdict === word).length]);
-  return counts.filter(([, n]) => n).map(([word, n]) => [verdict(word, true), h("small", { class: "count" }, `${n} `)]);
-}
+/** [verdict, how many claims have it] of those that occur. */
+const counted = (claims) =>
+  VERDICTS.map(([word]) => [word, claims.filter((claim) => claim.verdict === word).length]).filter(([, n]) => n);
+const tally = (claims) =>
+  counted(claims).map(([word, n]) => [verdict(word, true), h("small", { class: "count" }, `${n} `)]);
 
 // --- Tables
 
@@ -175,6 +166,11 @@ function curve(runs, name) {
   return [at.map((i) => steps[i]), centre, centre.map((c, i) => c + spread[i]), centre.map((c, i) => c - spread[i])];
 }
 
+function dropCharts() {
+  charts.forEach((drawn) => drawn.destroy());
+  charts = [];
+}
+
 /** A figure of curves: [{label, colour, dash, points: [steps, values, high?, low?]}]. */
 function figure(title, lines) {
   const ends = lines.map(({ label, points: [x, y] }) => {
@@ -224,8 +220,7 @@ function curves(entries, figures) {
     return figure(title, lines);
   };
   const draw = () => {
-    charts.forEach((drawn) => drawn.destroy());
-    charts = [];
+    dropCharts();
     place.replaceChildren(...figures.slice(0, 6).map(one));
     others.replaceChildren(...figures.slice(6).map(one));
   };

@@ -25,13 +25,8 @@ for (const run of RUNS) { // what a query looks at
   const texts = [run.notebook, run.id, run.status, run.error, run.commit, ...Object.values(run.parameters).map(show)];
   run.text = texts.join(" ").toLowerCase();
 }
-const TESTS = {
-  "=": (a, b) => a === b,
-  "<": (a, b) => a < b,
-  ">": (a, b) => a > b,
-  "<=": (a, b) => a <= b,
-  ">=": (a, b) => a >= b,
-};
+const TESTS = { "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b };
+TESTS["="] = (a, b) => a === b;
 /** Whether a run has all words of a query; `rank>=8` asks for a parameter or metric. */
 function matches(run, query) {
   return query.toLowerCase().split(/\s+/).filter(Boolean).every((word) => {
@@ -52,11 +47,11 @@ function groups(runs) {
     const left = Object.entries(parameters).filter(([name]) => !(name in seeds) && !FREE.includes(name));
     return JSON.stringify([notebook, left.sort()]);
   };
-  return [...groupBy(runs, key).values()];
+  return [...Map.groupBy(runs, key).values()];
 }
 /** Names of parameters (or metrics) with several values among the runs of one notebook, or among all. */
 function differing(runs, within = true, kind = "parameters") {
-  const parts = within ? [...groupBy(runs, (run) => run.notebook).values()] : [runs];
+  const parts = within ? [...Map.groupBy(runs, (run) => run.notebook).values()] : [runs];
   const several = (part, name) => part.some((run) => !same(run[kind][name], part[0][kind][name]));
   return unique(runs.flatMap((run) => Object.keys(run[kind]))).filter((name) => parts.some((part) => several(part, name)));
 }
@@ -64,7 +59,7 @@ function differing(runs, within = true, kind = "parameters") {
 function frequent(runs, limit) {
   const names = runs.flatMap((run) => Object.keys(run.metrics).filter((name) => isNumber(run.metrics[name])));
   const varied = new Set(differing(runs, true, "metrics"));
-  const ranked = [...groupBy(names, (name) => name)].map(([name, all]) => {
+  const ranked = [...Map.groupBy(names, (name) => name)].map(([name, all]) => {
     const quality = /accuracy|win|gold|perplexity|loss/i.test(name);
     return [name, all.length + RUNS.length * (varied.has(name) + 2 * quality)];
   });
@@ -91,7 +86,7 @@ function sortRows(rows, order) {
 
 function runsView() {
   const chosen = new Set((state.runs || "").split(",").filter((id) => BY_ID.has(id)));
-  const place = h("div"), compare = h("a", { class: "button" }), counted = h("span", { "aria-live": "polite" });
+  const place = h("div"), compare = h("a", { class: "button" }), size = h("span", { "aria-live": "polite" });
   const picker = h("div", { class: "picker" }), chooser = folded("Columns", picker);
   let offer;
   chooser.addEventListener("toggle", () => offer());
@@ -152,7 +147,7 @@ function runsView() {
     const heads = h("tr", {}, h("th", { class: "tick" }, all), ["notebook", ...columns].map(head));
     place.replaceChildren(scroll(h("table", { class: "runs" }, h("thead", {}, heads), body)));
     const grouped = state.group ? `${plural(rows.length, "group")} of ` : "";
-    counted.textContent = grouped + plural(runs.length, "run") + (runs.length < RUNS.length ? ` of ${RUNS.length}` : "");
+    size.textContent = grouped + plural(runs.length, "run") + (runs.length < RUNS.length ? ` of ${RUNS.length}` : "");
     offer = () => picker.replaceChildren(...(chooser.open ? pick(runs, columns) : []));
     offer();
   }
@@ -176,7 +171,7 @@ function runsView() {
   const choices = [chooseOne("Notebook", "notebook", draw), chooseOne("Status", "status", draw), group];
   draw();
   mark([]);
-  return [h("div", { class: "controls" }, field("Search", h("input", about)), choices, chooser, compare, counted), place];
+  return [h("div", { class: "controls" }, field("Search", h("input", about)), choices, chooser, compare, size), place];
 }
 
 // --- Compare
@@ -197,7 +192,7 @@ function compareView() {
   return [
     h("div", { class: "controls" }, tick("Group over seeds: mean ± standard deviation", state.group, flip), others),
     lists.length > MOST && h("p", { class: "note" }, `The first ${MOST} of ${lists.length} are shown.`),
-    ...parameterTables(runs, entries, head),
+    parameterTables(runs, entries, head),
     ...metricTables(runs, entries, head),
     drawn.length > 0 && section("Curves", curves(entries, drawn.map((name) => [name, [name]]))),
     claims.length > 0 && section("Claims", table(head("claim"), claims)),
@@ -234,13 +229,9 @@ const rowsIn = (entries, kind, names) => names.map((name) => [name, ...valuesIn(
 function parameterTables(runs, entries, head) {
   const differ = differing(runs, false);
   const equal = Object.entries(runs[0].parameters).filter(([name]) => !differ.includes(name));
-  return [
-    section(
-      "Parameters",
-      differ.length ? table(head("that differ"), rowsIn(entries, "parameters", differ)) : h("p", {}, "All are equal."),
-      equal.length > 0 && folded(plural(equal.length, "equal parameter"), pairs(Object.fromEntries(equal))),
-    ),
-  ];
+  const first = differ.length ? table(head("that differ"), rowsIn(entries, "parameters", differ)) : h("p", {}, "All are equal.");
+  const rest = equal.length > 0 && folded(plural(equal.length, "equal parameter"), pairs(Object.fromEntries(equal)));
+  return section("Parameters", first, rest);
 }
 function metricTables(runs, entries, head) {
   const signed = (value) => (value > 0 ? "+" : "") + show(value);
@@ -266,7 +257,7 @@ function metricTables(runs, entries, head) {
 }
 function claimRows(runs, entries) {
   const all = runs.flatMap(({ claims, notebook }) => claims.map((claim) => ({ ...claim, notebook })));
-  const found = groupBy(all, ({ notebook, number }) => `${notebook} ${number}`);
+  const found = Map.groupBy(all, ({ notebook, number }) => `${notebook} ${number}`);
   return [...found.values()].map(([{ number, claim, notebook }]) => [
     h("span", {}, `${number} · ${claim}`),
     ...entries.map(({ runs: members }) => {
@@ -301,7 +292,7 @@ function claimsView() {
   const place = h("div");
   const draw = () => {
     const judged = RUNS.filter((run) => run.claims.length && (!state.notebook || run.notebook === state.notebook));
-    const parts = [...groupBy(judged, (run) => run.notebook)].sort(([a], [b]) => a.localeCompare(b));
+    const parts = [...Map.groupBy(judged, (run) => run.notebook)].sort(([a], [b]) => a.localeCompare(b));
     const content = state.all ? parts.map(matrix) : newest(parts);
     place.replaceChildren(...(parts.length ? content : [h("p", {}, "No run has recorded a claim yet.")]));
   };
@@ -317,8 +308,8 @@ function newest(parts) {
     return run.claims.map((claim) => ({ claim, run, all: all(claim) }));
   });
   found.sort((a, b) => a.claim.number - b.claim.number);
-  const counts = VERDICTS.map(([word]) => [word, found.filter(({ claim }) => claim.verdict === word).length]);
-  const sums = counts.filter(([, n]) => n).map(([word, n]) => h("span", {}, h("b", {}, String(n)), " ", verdict(word)));
+  const counts = counted(found.map(({ claim }) => claim));
+  const sums = counts.map(([word, n]) => h("span", {}, h("b", {}, String(n)), " ", verdict(word)));
   const rows = found.map(({ claim, run, all }) => [
     ...claimCells(claim),
     h("span", {}, all.length > 1 && tally(all)),
@@ -334,7 +325,7 @@ function claimCells({ number, verdict: word, claim, value, how, source }) {
 /** Of one notebook: a row for each claim, a column for each run. */
 function matrix([notebook, runs]) {
   const shown = state.all === "2" ? runs : runs.slice(0, MOST);
-  const claims = [...groupBy(runs.flatMap((run) => run.claims), ({ number }) => number)].sort(([a], [b]) => a - b);
+  const claims = [...Map.groupBy(runs.flatMap((run) => run.claims), ({ number }) => number)].sort(([a], [b]) => a - b);
   const heads = shown.map((run) => {
     const seeds = Object.entries(run.seeds).map(([name, value]) => `${name} ${show(value)}`);
     return h("span", {}, runLink(run, when(run.started).slice(5)), h("br"), small(seeds.join(", ")));
@@ -365,22 +356,18 @@ function runView() {
     const sign = h("span", { class: `verdict ${passed ? "good" : "bad"}` }, passed ? "✔ passed" : "✘ failed");
     return [name, sign, show(found).slice(0, 200)];
   });
-  const figures = [...groupBy(Object.keys(run.curves), (name) => name.split("/").at(-1))]; // full/loss and lora/loss
+  const figures = [...Map.groupBy(Object.keys(run.curves), (name) => name.split("/").at(-1))]; // full/loss and lora/loss
   const tables = Object.entries(run.tables).sort(([a], [b]) => isText(b) - isText(a));
   const claims = () => section("Claims", table(CLAIM_HEADS, run.claims.map(claimCells), { class: "claims" }));
+  const metrics = Object.keys(run.metrics).length > 0 && section("Metrics", pairs(run.metrics));
+  const costs = h("div", {}, section("Files", fileList(run)), section("Cost", ...costsOf(run)));
   return [
     h("h1", {}, run.notebook, " ", badge(run.status)),
     h("p", {}, run.id, earlier && [" · ", h("a", { href: both }, "compare with the run before")]),
     run.error && h("pre", { class: "error" }, run.error),
     run.claims.length > 0 && claims(),
     figures.length > 0 && section("Curves", curves([{ runs: [run], number: 0, label: run.notebook }], figures)),
-    h(
-      "div",
-      { class: "columns" },
-      Object.keys(run.metrics).length > 0 && section("Metrics", pairs(run.metrics)),
-      section("Parameters", pairs(run.parameters)),
-      h("div", {}, section("Files", fileList(run)), section("Cost", ...costs(run))),
-    ),
+    h("div", { class: "columns" }, metrics, section("Parameters", pairs(run.parameters)), costs),
     checks.length > 0 && section("Checks", table(["check", "result", "found"], checks)),
     h("div", { class: "columns" }, tables.map(([name, rows]) => section(name, rows.length ? records(rows) : "no rows"))),
   ];
@@ -393,7 +380,7 @@ function fileList(run) {
   });
   return h("ul", {}, files, made);
 }
-function costs(run) {
+function costsOf(run) {
   const timings = Object.entries(run.timings || {}).map(([name, value]) => [`${name}, s`, value]);
   const facts = { started: when(run.started), seconds: run.seconds, "peak memory, MB": run.peak_memory_bytes / 1e6 };
   const { memory_bytes: memory, ...machine } = run.hardware || {};
@@ -416,8 +403,7 @@ const VIEWS = {
 function render() {
   const [view, query] = location.hash.slice(1).split("?");
   state = { view: VIEWS[view] ? view : "runs", ...Object.fromEntries(new URLSearchParams(query)) };
-  charts.forEach((drawn) => drawn.destroy());
-  charts = [];
+  dropCharts();
   const [title, draw] = VIEWS[state.view];
   main.replaceChildren(...draw().filter(Boolean));
   document.title = `labkit: ${state.id || title}`;
