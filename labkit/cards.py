@@ -30,32 +30,20 @@ def save(
     if not rows:
         raise ValueError("rows: expected at least one row to write, got none")
     kept = [{k: row[k] for k in columns or row if k in row} for row in rows]
-    languages = Counter(row["lang"] for row in rows if "lang" in row)
-    head = [
-        "---",
-        *(["language:", *(f"- {lang}" for lang in sorted(languages))] if languages else []),
-    ]
-    head += [
-        "configs:",
-        "- config_name: default",
-        "  data_files: data.jsonl",
-        "---",
-        f"# {title}",
-        "",
-    ]
-    counts = ", ".join(f"{count:,} {lang}" for lang, count in sorted(languages.items()))
-    head += [f"{len(rows):,} rows{f' ({counts})' if counts else ''} in `data.jsonl`."]
-    head += [
-        f"Columns: {', '.join(f'`{k}`' for k in dict.fromkeys(k for row in kept for k in row))}."
-    ]
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for row in kept for name in row))
+    languages = sorted(Counter(row["lang"] for row in rows if "lang" in row).items())
+    counts = ", ".join(f"{count:,} {lang}" for lang, count in languages)
+    card = ["---", *(["language:"] if languages else []), *(f"- {lang}" for lang, _ in languages)]
+    card += ["configs:", "- config_name: default", "  data_files: data.jsonl", "---"]
+    count = f"{len(rows):,} rows ({counts})" if counts else f"{len(rows):,} rows"
+    card += [f"# {title}", "", f"{count} in `data.jsonl`.", f"Columns: {names}."]
     for name, content in sections.items():
         if not isinstance(content, str):
             cells = (f"| {k} | {' '.join(str(v).split())} |" for k, v in content.items())
             content = "\n".join(["| | |", "| --- | --- |", *cells])
-        head += ["", f"## {name}", "", content]
+        card += ["", f"## {name}", "", content]
     file = Path(folder) / "data.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    write_text(file, "".join(lines))
-    write_text(file.with_name("README.md"), "\n".join(head) + "\n")
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    write_text(file.with_name("README.md"), "\n".join(card) + "\n")
     return file
