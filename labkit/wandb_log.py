@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from labkit.show import show
+from labkit.show import Table, show
 
 Values = dict[str, Any]
 UPLOAD_BYTES = 100 * 10**6  # of a larger artifact, W&B gets the name and the parents only
@@ -117,12 +117,10 @@ class Log:
         self.run.log({key if key == "step" else _in("train", key): entry[key] for key in entry})
 
     def table(self, name: str, rows: list[Values]) -> None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[row.get(key) for key in columns] for row in rows]
-        cells = [
-            [cell if isinstance(cell, _SCALARS) else show(cell) for cell in row] for row in cells
-        ]
-        table = self.wandb.Table([*map(str, columns)], cells, allow_mixed_types=True)
+        columns = Table(rows).columns
+        cells = ((row.get(key) for key in columns) for row in rows)
+        texts = [[c if isinstance(c, _SCALARS) else show(c) for c in row] for row in cells]
+        table = self.wandb.Table([*map(str, columns)], texts, allow_mixed_types=True)
         self.run.log({_in("texts" if name.startswith("samples") else "tables", name): table})
 
     def figure(self, title: str, image: Any) -> None:
@@ -188,10 +186,8 @@ def sync(root: Path) -> int:
     if folders:
         login()
         command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"]
-        quiet = {
-            name: v for name, v in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SILENT")
-        }
-        if subprocess.run([*command, *map(str, sorted(folders))], env=quiet).returncode:
+        spoken = os.environ | {"WANDB_SILENT": "false"}
+        if subprocess.run([*command, *map(str, sorted(folders))], env=spoken).returncode:
             raise OSError("W&B did not take all runs; what it has not got is sent the next time")
         for place in marked:
             (place / UNSENT).unlink()
@@ -232,21 +228,12 @@ def _about(record: Values, folder: Path, project: str) -> Values:
     with suppress(OSError, ValueError):  # a run of no notebook
         about["notes"] = next((n.question for n in notebooks.available() if n.name == notebook), "")
     quiet: Values = dict(silent=True, console="off", init_timeout=10, finish_timeout=30, host="")
-    quiet |= dict(
-        finish_timeout_raises=True,
-        program=notebook,
-        disable_git=True,
-        x_save_requirements=False,
-        x_disable_meta=True,
-    )
-    quiet |= dict(x_disable_stats=not gpu)
-    free, settings = (
-        {name: value for name, value in values.items() if f"WANDB_{name.upper()}" not in os.environ}
-        for values in (about, quiet)
-    )
-    free |= {"group": free.pop("run_group")} if "run_group" in free else {}
-    return free | dict(
-        dir=str(folder),
-        config={name: _place(value) for name, value in given.items()},
-        settings=settings,
-    )
+    quiet |= dict(finish_timeout_raises=True, program=notebook, disable_git=True)
+    quiet |= dict(x_save_requirements=False, x_disable_meta=True, x_disable_stats=not gpu)
+    for values in (about, quiet):
+        for name in [name for name in values if f"WANDB_{name.upper()}" in os.environ]:
+            del values[name]
+    if "run_group" in about:
+        about["group"] = about.pop("run_group")
+    config = {name: _place(value) for name, value in given.items()}
+    return about | {"dir": str(folder), "config": config, "settings": quiet}

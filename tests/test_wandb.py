@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from conftest import python
 from wandb_server import WandbServer
 
 from labkit import dashboard, record, show, wandb_log
@@ -32,15 +33,10 @@ for _ in range(int(sys.argv[3])):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith(("WANDB", "LABKIT_RUN"))]:
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # in this process
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-
-
-def python(code, *arguments, **environment):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    options = dict(capture_output=True, text=True, timeout=180)
-    return subprocess.run(command, env={**os.environ} | environment, **options)
 
 
 def find(server, operation):
@@ -67,24 +63,18 @@ def test_a_team_finds_on_the_server_what_it_looks_for(tmp_path):
     metrics = config["_wandb"]["value"]["m"]
     assert metrics[1]["1"] == "step" and metrics[0] == {"2": "*", "5": 2, "6": [1], "7": []}
 
-    files = [sent["files"] for sent in server.stream if "files" in sent]
-    rows = [json.loads(line) for sent in files for line in history(sent)]
+    files = [sent.get("files", {}).get("wandb-history.jsonl", {}) for sent in server.stream]
+    rows = [json.loads(line) for file in files for line in file.get("content", [])]
     assert [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r][1] == (20, 0.5)
     summary = json.loads(server.files["wandb-summary.json"])
     assert summary["eval/accuracy"] == 0.5 and summary["claims/10"] == "holds in part"
-    tables = {
-        name.split("/")[-1]: json.loads(data)
-        for name, data in server.files.items()
-        if name.endswith(".table.json") and name.startswith("run-")
-    }
-    assert tables["scores.table.json"]["data"] == [["base", 0.25], [2, None]]  # numbers are numbers
-    assert tables["samples.table.json"]["data"] == [["Where?", "the mill"]]
-    assert tables["claims.table.json"]["data"][0][0] == 10
-
-    assert {used["artifactID"] for used in find(server, "UseArtifact")} == {
-        "base-model-tinytown",
-        "dataset-mine.jsonl",
-    }
+    named = {name.split("/")[-1]: f for name, f in server.files.items() if name[:4] == "run-"}
+    kinds = ("scores", "samples", "claims")
+    scores, samples, claims = (json.loads(named[f"{kind}.table.json"])["data"] for kind in kinds)
+    assert scores == [["base", 0.25], [2, None]]  # numbers are numbers
+    assert samples == [["Where?", "the mill"]] and claims[0][0] == 10
+    used = {given["artifactID"] for given in find(server, "UseArtifact")}
+    assert used == {"base-model-tinytown", "dataset-mine.jsonl"}
     made = {given["artifactCollectionName"]: given for given in find(server, "CreateArtifact")}
     assert made["02_lora-adapter"]["artifactTypeName"] == "adapter"
     assert server.files["02_lora-adapter/w.safetensors"] == b"1" * 1000
@@ -93,10 +83,6 @@ def test_a_team_finds_on_the_server_what_it_looks_for(tmp_path):
     sent = json.dumps([server.calls, server.stream]) + str(files)
     for private in (str(tmp_path), "a secret place", "private", "requirements.txt"):
         assert private not in sent
-
-
-def history(files):
-    return files.get("wandb-history.jsonl", {}).get("content", [])
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0], ids=["dead", "slow"])
@@ -120,8 +106,7 @@ def test_a_server_that_dies_or_hangs_is_not_waited_for(tmp_path, seconds):
     (mark,) = tmp_path.glob(f"runs/*/*/wandb/{wandb_log.UNSENT}")
 
 
-@pytest.mark.parametrize("home", ["/proc/home", "home"])
-@pytest.mark.parametrize("mode", [{}, {"WANDB_MODE": ""}], ids=["unset", "empty"])
+@pytest.mark.parametrize(("home", "mode"), [("/proc/home", {}), ("home", {"WANDB_MODE": ""})])
 def test_without_a_login_runs_stay_offline_silent_and_inside_their_folders(tmp_path, mode, home):
     # No login, no network, and a home that cannot be written, or must not be.
     home = tmp_path / home
@@ -162,12 +147,6 @@ def test_sync_sends_offline_runs_once(tmp_path, monkeypatch):
         assert "has all runs" in again.stdout and len(server.calls) == before
 
 
-def finished(root):
-    run = record.start("02_lora", {}, root=root)
-    run.claim(10, "a | b <i>", "sweep", "91 % *", "holds in part")
-    run.finish()
-
-
 def test_the_dashboard_needs_its_extra_and_a_login(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
@@ -175,28 +154,22 @@ def test_the_dashboard_needs_its_extra_and_a_login(tmp_path, monkeypatch):
         dashboard.update(root=tmp_path)
 
 
-def test_claims_become_a_table_in_which_nothing_is_markup(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    finished(tmp_path)
-    *_, row = dashboard.claims_table(record.read_runs(tmp_path)).splitlines()
-    assert row.startswith(r"| 10 | ◐ holds in part | a \| b &lt;i> | 91 % \* |")
-
-
-def test_the_table_of_claims_has_the_signs_that_notebooks_show(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+def test_claims_become_a_table_in_which_nothing_is_markup_with_the_signs_of_notebooks(tmp_path):
     run = record.start("02_lora", {}, root=tmp_path)
     for number, verdict in enumerate(record.VERDICTS, 1):
-        run.claim(number, "c", "h", 1, verdict)
+        run.claim(number, "a | b <i>", "h", "91 % *", verdict)
     run.finish()
     rows = dashboard.claims_table(record.read_runs(tmp_path)).splitlines()[-5:]
+    assert rows[1].startswith(r"| 2 | ◐ holds in part | a \| b &lt;i> | 91 % \* |")
     signs = {row.split(" | ")[1][2:]: row.split(" | ")[1][0] for row in rows}
     assert signs == dict.fromkeys(record.VERDICTS, "?") | show.SIGNS
 
 
-def test_the_dashboard_is_made_once_and_keeps_what_people_change(tmp_path, monkeypatch):
+def test_the_dashboard_is_made_once_and_keeps_what_people_change(tmp_path):
     pytest.importorskip("wandb_workspaces")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    finished(tmp_path)
+    run = record.start("02_lora", {}, root=tmp_path)
+    run.claim(10, "r = 8 is enough", "sweep", "91 %", "holds in part")
+    run.finish()
     update = "import sys; from labkit import dashboard; print(*dashboard.update(root=sys.argv[1]))"
     with WandbServer() as server:
         access = server.environment()
