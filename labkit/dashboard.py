@@ -33,9 +33,8 @@ def update(project: str = "labkit", entity: str = "", root: Path | None = None) 
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
-        raise ValueError(
-            "wandb-workspaces is missing: pip install wandb-workspaces==0.4.13"
-        ) from error
+        remedy = "pip install wandb-workspaces==0.4.13"
+        raise ValueError(f"wandb-workspaces is missing: {remedy}") from error
     login()
     api = wandb.Api()
     entity = entity or api.default_entity
@@ -56,11 +55,10 @@ def _report(reports: Any, api: Any, project: str, entity: str, claims: str) -> s
     found = [r for r in api.reports(f"{entity}/{project}") if r.display_name == TITLE]
     if found:
         report = reports.Report.from_url(found[0].url)
-        own = [i for i, block in enumerate(report.blocks) if HEAD in getattr(block, "text", "")]
-        place = own[0] if own else 0
-        report.blocks = [*report.blocks[:place], reports.MarkdownBlock(claims)] + [
-            block for i, block in enumerate(report.blocks[place:], place) if i not in own
-        ]
+        own = [HEAD in getattr(block, "text", "") for block in report.blocks]
+        place = own.index(True) if True in own else 0
+        report.blocks = [b for b, mine in zip(report.blocks, own, strict=True) if not mine]
+        report.blocks.insert(place, reports.MarkdownBlock(claims))
     else:
         runs = reports.Runset(entity, project, groupby=["group"])  # seeds: mean and deviation
         plots = [reports.LinePlot(x="step", y=[f"train/{n}"]) for n in SECTIONS["Training"][:2]]
