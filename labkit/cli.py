@@ -33,6 +33,7 @@ TICK = 60.0  # seconds between lines of a cell that works long, in a log file
 _PATH = click.Path(path_type=Path)
 _names = click.argument("names", nargs=-1, metavar="NAME...")
 _all = click.option("--all", "all_", is_flag=True, help="All notebooks.")
+_root = click.argument("root", type=_PATH, required=False)
 
 
 class _Run(click.Command):
@@ -90,9 +91,8 @@ def show(name: str) -> None:
     path = notebooks.find(name)
     for n in notebooks.available():
         if n.path == path:
-            click.echo(
-                f"{n.name}: {n.question}\n{n.seconds_cpu} s, {n.memory_mb} MB on two CPU cores\n"
-            )
+            cost = f"{n.seconds_cpu} s, {n.memory_mb} MB on two CPU cores"
+            click.echo(f"{n.name}: {n.question}\n{cost}\n")
     click.echo(notebooks.parameters_cell(path))
     click.echo(f"\nlimits: {notebooks.limits(path)}\nlabkit run {path.stem} -p KEY=VALUE")
 
@@ -128,7 +128,7 @@ def run(names, parameter, file, profile, output, all_, keep_going, force):  # ty
 
 
 @app.command()
-@click.argument("root", type=_PATH, required=False)
+@_root
 @click.option("--out", type=_PATH, help="The page, by default runs/report.html.")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 def report(root: Path | None, out: Path | None, show: bool) -> None:
@@ -140,7 +140,7 @@ def report(root: Path | None, out: Path | None, show: bool) -> None:
 
 
 @app.command()
-@click.argument("root", type=_PATH, required=False)
+@_root
 def sync(root: Path | None) -> None:
     """Send to W&B the runs below ROOT/runs that were made offline."""
     sent = wandb_log.sync(Path(root or record.project_root()))
@@ -148,7 +148,7 @@ def sync(root: Path | None) -> None:
 
 
 @app.command()
-@click.argument("root", type=_PATH, required=False)
+@_root
 @click.option("--project", default="labkit", help="Of W&B, as in the parameter wandb_project.")
 @click.option("--entity", default="", help="User or team, by default the one logged in.")
 def dashboard(root: Path | None, project: str, entity: str) -> None:
@@ -227,11 +227,10 @@ def _execute(path: Path, out: Path, values: dict[str, Any], cwd: Path) -> None:
         seconds = f"{time.perf_counter() - began:.0f} s"
         parts = (f"{path.stem}: cell {number}", seconds, section, training)
         text = " · ".join(filter(None, parts))
-        width = shutil.get_terminal_size().columns - 1
+        if on_terminal:
+            text = f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}"
         with suppress(OSError):  # the terminal is closed
-            click.echo(
-                f"\r\x1b[K{text[:width]}" if on_terminal else text, None, not on_terminal, True
-            )
+            click.echo(text, nl=not on_terminal, err=True)
 
     def tick() -> None:
         while not over.wait(1 if on_terminal else TICK):
@@ -270,14 +269,14 @@ def _recorded(
     status, error = "finished", ""
     try:
         _execute(path, folder / "notebook.ipynb", values, cwd)
-    except (Exception, KeyboardInterrupt) as failure:  # of the notebook, or from outside
-        status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
-        error = _failure(path.stem, failure)
+    except KeyboardInterrupt as stop:
+        for each in _STOPPING:  # the record is to be closed, whatever else comes
+            signal.signal(each, signal.SIG_IGN)
+        status, error = "interrupted", f"{path.stem}: interrupted by {str(stop) or 'Ctrl-C'}"
+    except Exception as failure:
+        status, error = "failed", f"{path.stem}{_failure(failure)}"
     finally:
         del os.environ["LABKIT_RUN_DIR"]
-    if status == "interrupted":
-        for kind in _STOPPING:  # the record is to be closed, whatever else comes
-            signal.signal(kind, signal.SIG_IGN)
     return folder, record.close(folder, path.stem, values, status, error)
 
 
@@ -304,12 +303,10 @@ def _run_one(path: Path, values: dict[str, Any], output: Path | None) -> bool:
     return status == "finished"
 
 
-def _failure(name: str, error: Any) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return f"{name}: interrupted by {error or 'Ctrl-C'}"
+def _failure(error: Any) -> str:
     if hasattr(error, "ename"):  # papermill's, of a cell
-        return f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
-    return f"{name}: {type(error).__name__}: {str(error).strip() or 'the kernel stopped'}"
+        return f", cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+    return f": {type(error).__name__}: {str(error).strip() or 'the kernel stopped'}"
 
 
 def _chosen(names: tuple[str, ...], all_: bool) -> list[Path]:
