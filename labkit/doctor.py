@@ -15,7 +15,6 @@ import psutil
 from labkit.record import project_root
 
 OK, NOTE, PROBLEM = "✔", "◐", "✘"  # a note costs something, but the notebooks run
-_LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 GB = 1e9
 
 
@@ -24,7 +23,8 @@ def examine() -> Iterator[tuple[str, str, str]]:
     good = (3, 11) <= sys.version_info[:2] < (3, 14)
     remedy = "make PYTHON=python3.12 setup, after removing .venv"
     yield _judged(good, f"Python {sys.version.split()[0]} in {sys.prefix}", remedy)
-    pins = _LOCK.read_text("utf-8").splitlines() if _LOCK.exists() else metadata.requires("labkit")
+    lock = Path(__file__).resolve().parents[1] / "requirements.lock"
+    pins = lock.read_text("utf-8").splitlines() if lock.exists() else metadata.requires("labkit")
     other = [found for found in map(_other, pins or []) if found]
     text = "packages as locked" if not other else f"packages not as locked: {', '.join(other)}"
     yield _judged(not other, text, "make setup, or pip install -r requirements.lock", NOTE)
@@ -51,9 +51,8 @@ def _devices() -> Iterator[tuple[str, str, str]]:
     try:
         from bitsandbytes import functional
 
-        functional.quantize_4bit(
-            torch.ones(64, device="cuda" if torch.cuda.is_available() else "cpu")
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        functional.quantize_4bit(torch.ones(64, device=device))
         yield OK, "bitsandbytes quantizes", ""
     except Exception as error:
         remedy = "notebook 03 and QLoRA in 12 need it: pip install --force-reinstall bitsandbytes"
