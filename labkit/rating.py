@@ -3,7 +3,7 @@
 Which response is A is drawn at random for each pair and rater. Each vote is one JSON line that
 names the winner, whatever side it stood on; a file that is there is gone on with. Such a file is
 also a data set of preferences, as `labkit.data.load` reads it: ties and skipped pairs are left
-out. The widget needs the package anywidget, all else here does without.
+out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import traitlets
+from anywidget import AnyWidget
 
 from labkit.files import write_text
 from labkit.templates import prompt_text
@@ -42,12 +44,10 @@ class Ballot:
         file: str | Path,
         rater: str = "",
     ) -> None:
-        if len(responses) != 2 or {len(r) for r in responses.values()} != {len(prompts)}:
-            counts = {name: len(r) for name, r in responses.items()}
-            expected = f"two models with {len(prompts)} responses each"
+        counts = {name: len(r) for name, r in responses.items()}
+        if len(counts) != 2 or {*counts.values()} != {len(prompts)} or not len(prompts):
+            expected = f"two models with {len(prompts)} responses each, and at least one"
             raise ValueError(f"responses: expected {expected}, got {counts}")
-        if not len(prompts):
-            raise ValueError("prompts: expected at least one, got none")
         self.models, self.file, self.rater = list(responses), Path(file).expanduser(), rater
         self.pairs: list[Vote] = []
         for prompt, *texts in zip(prompts, *responses.values(), strict=True):
@@ -72,16 +72,13 @@ class Ballot:
     def current(self) -> int:
         """The index of the first pair without a vote; the number of pairs when all have one."""
         votes = self._mine()
-        return next(
-            (i for i, p in enumerate(self.pairs) if p["pair"] not in votes), len(self.pairs)
-        )
+        return [*(pair["pair"] in votes for pair in self.pairs), False].index(False)
 
     def vote(self, choice: str) -> None:
         """One of `VOTES` on the current pair, added to the file."""
         if choice not in VOTES or self.current == len(self.pairs):
-            raise ValueError(
-                f"choice: expected one of {', '.join(VOTES)} on a pair, got {choice!r}"
-            )
+            expected = f"one of {', '.join(VOTES)} on a pair"
+            raise ValueError(f"choice: expected {expected}, got {choice!r}")
         pair = self.pairs[self.current]
         winner = pair["models"]["AB".index(choice)] if choice in ("A", "B") else None
         vote = pair | {"vote": choice, "winner": winner, "rater": self.rater}
@@ -124,9 +121,8 @@ def read(*files: str | Path) -> list[Vote]:
                 votes.append(json.loads(line))
                 [votes[-1][name] for name in ("pair", "vote", "winner", "models", "rater")]
             except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{file}: line {number}: expected a vote, got {line:.80}"
-                ) from None
+                found = f"line {number}: expected a vote, got {line:.80}"
+                raise ValueError(f"{file}: {found}") from None
     return votes
 
 
@@ -142,58 +138,44 @@ def agreement(votes: Sequence[Vote]) -> dict[tuple[str, str], Kappa]:
         by.setdefault(vote["rater"], {})[vote["pair"]] = _verdict(vote, min(vote["models"]))
     if len(by) < 2:
         raise ValueError(f"votes: expected those of two raters or more, got {[*by]}")
-    return {
-        (one, two): kappa([by[one].get(p) for p in by[two]], [*by[two].values()])
-        for one, two in combinations(sorted(by), 2)
-    }
+    both = combinations(sorted(by), 2)
+    return {(a, b): kappa([by[a].get(p) for p in by[b]], [*by[b].values()]) for a, b in both}
 
 
-def widget(ballot: Ballot) -> Any:
+class View(AnyWidget):
+    """The browser is told the texts and no names; it sends a vote and the pair it showed."""
+
+    _esm = Path(__file__).with_name("rating.js")
+    _css = Path(__file__).with_name("rating.css")
+    shown = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, ballot: Ballot) -> None:
+        self.ballot, self._turn = ballot, 0
+        super().__init__(shown=self._next())
+        self.on_msg(self._receive)
+
+    def _next(self, error: str = "") -> dict[str, Any]:
+        number, pairs = self.ballot.current, self.ballot.pairs
+        shown = {"number": number, "total": len(pairs), "file": str(self.ballot.file)}
+        if number < len(pairs):
+            prompt = prompt_text(pairs[number])
+            shown |= {"prompt": prompt, "responses": pairs[number]["responses"]}
+        return shown | {"turn": self._turn, "error": error}
+
+    def _receive(self, _: Any, message: dict[str, Any], __: Any) -> None:
+        self._turn, error = self._turn + 1, ""  # what is shown changes: the browser waits
+        try:
+            if message["number"] != self.ballot.current:
+                error = "That vote was on another pair, and is not counted."
+            elif message["choice"] == "undo":
+                self.ballot.undo()
+            else:
+                self.ballot.vote(message["choice"])
+        except (OSError, ValueError) as failure:
+            error = f"Not saved: {failure}"
+        self.shown = self._next(error)
+
+
+def widget(ballot: Ballot) -> View:
     """The ballot to vote on in a notebook, by mouse or by key: A, B, T, X, S, and U for undo."""
-    return _view()(ballot)
-
-
-@cache
-def _view() -> type:
-    try:
-        import anywidget
-    except ImportError:
-        raise ImportError(
-            "the rating widget needs the package anywidget: pip install anywidget"
-        ) from None
-    import traitlets
-
-    class View(anywidget.AnyWidget):
-        """The browser is told the texts and no names; it sends a vote and the pair it showed."""
-
-        _esm = Path(__file__).with_name("rating.js")
-        _css = Path(__file__).with_name("rating.css")
-        shown = traitlets.Dict().tag(sync=True)
-
-        def __init__(self, ballot: Ballot) -> None:
-            self.ballot, self._turn = ballot, 0
-            super().__init__(shown=self._next())
-            self.on_msg(self._receive)
-
-        def _next(self, error: str = "") -> dict[str, Any]:
-            number, pairs = self.ballot.current, self.ballot.pairs
-            shown = {"number": number, "total": len(pairs), "file": str(self.ballot.file)}
-            if number < len(pairs):
-                prompt = prompt_text(pairs[number])
-                shown |= {"prompt": prompt, "responses": pairs[number]["responses"]}
-            return shown | {"turn": self._turn, "error": error}
-
-        def _receive(self, _: Any, message: dict[str, Any], __: Any) -> None:
-            self._turn, error = self._turn + 1, ""  # what is shown changes: the browser waits
-            try:
-                if message["number"] != self.ballot.current:
-                    error = "That vote was on another pair, and is not counted."
-                elif message["choice"] == "undo":
-                    self.ballot.undo()
-                else:
-                    self.ballot.vote(message["choice"])
-            except (OSError, ValueError) as failure:
-                error = f"Not saved: {failure}"
-            self.shown = self._next(error)
-
-    return View
+    return View(ballot)

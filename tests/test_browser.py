@@ -4,25 +4,18 @@ Every notebook is opened; the run of all of them takes minutes, so by default on
 executes them all), and all with LABKIT_BROWSER=1. Screenshots are kept in build/screens.
 """
 
-import json
 import os
 import re
 import shutil
-import time
-import urllib.request
 
 import nbformat
 import pytest
-from conftest import HERE
+from lab_page import RED, Lab, write_notebook
 
 from labkit import cli, notebooks
 
-SCREENS = HERE.parent / "build" / "screens"
 NAMES = [notebook.name for notebook in notebooks.available()]
 RUN = NAMES if os.environ.get("LABKIT_BROWSER") else ["02_lora"]
-# JupyterLab's own, of extensions and files that a fresh installation does not have.
-HARMLESS = re.compile(r"Failed to load resource: the server responded with a status of 404")
-RED = "[data-mime-type*=stderr]"  # errors, and what is written to the standard error
 STOPPED = """
 from labkit import data, models, tinytown
 from labkit.training import TrainConfig, fit, sft_loss
@@ -36,63 +29,6 @@ begun.append(result.history[0]["loss"])
 # cell
 print(len(begun), "begun at the same loss:", len(set(begun)) == 1)
 """
-
-
-class Lab:
-    """JupyterLab on a folder, in one page."""
-
-    def __init__(self, page, address, folder):
-        self.page, self.address, self.folder, self.errors = page, address, folder, []
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", self._said)
-
-    def _said(self, message):
-        if message.type == "error" and not HARMLESS.search(message.text):
-            self.errors.append(message.text)
-
-    def open(self, name):
-        self.page.goto(f"{self.address}/{name}.ipynb?reset")
-        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-
-    def run_all(self):
-        self.page.wait_for_selector("text=/Python 3.* . Idle/")  # else the lab asks which kernel
-        self.page.click("text=Run >> nth=0")
-        self.page.click("text=Run All Cells >> nth=0")
-
-    def ran(self, seconds=600):
-        """Waits until all cells have run, or one has failed."""
-        numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every("
-        numbered += r"each => /\[\d+\]/.test(each.textContent))"
-        failed = f"document.querySelector('{RED} .ansi-red-fg')"
-        self.page.wait_for_function(f"{numbered} || {failed}", timeout=1000 * seconds)
-
-    def finish(self, seconds=60):
-        """Waits until the kernel has been idle for a second."""
-        server, idle = self.address.removesuffix("/lab/tree"), 0
-        for _ in range(4 * seconds):
-            time.sleep(0.25)
-            with urllib.request.urlopen(f"{server}/api/sessions") as answer:
-                states = {session["kernel"]["execution_state"] for session in json.load(answer)}
-            idle = idle + 1 if states == {"idle"} else 0
-            if idle == 4:
-                return
-        raise TimeoutError("the kernel is still busy")
-
-    def saved(self, name):
-        self.page.keyboard.press("Control+s")
-        self.page.wait_for_selector(".jp-mod-dirty", state="detached")
-        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
-
-    def shut_down(self):
-        """Ends the kernel, so that the next test has the memory to itself."""
-        self.page.click("text=Kernel >> nth=0")
-        self.page.click("text=Shut Down Kernel >> nth=0")
-        self.page.wait_for_selector("text=/No Kernel|Unknown/")
-
-    def screen(self, name):
-        SCREENS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SCREENS / f"{name}.png")
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +45,8 @@ def place(tmp_path_factory, browser, jupyterlab):
         book.metadata.kernelspec["language"] = "python"
         book = parameterize_notebook(book, cli._profile("quick", each.path))
         nbformat.write(book, folder / f"quick_{each.name}.ipynb")
-    parts = STOPPED.strip().split("\n# cell\n")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    for name, texts in {"stop": parts, "fails": ["1 / 0", "2"]}.items():
-        cells = [nbformat.v4.new_code_cell(text) for text in texts]
-        book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-        nbformat.write(book, folder / f"{name}.ipynb")
+    write_notebook(folder / "stop.ipynb", *STOPPED.strip().split("\n# cell\n"))
+    write_notebook(folder / "fails.ipynb", "1 / 0", "2")
     return folder, jupyterlab(folder, LABKIT_RUNS=str(folder), WANDB_MODE="disabled")
 
 
@@ -133,9 +65,8 @@ def test_every_notebook_reads_well_before_it_is_run(lab, name):
     page, book = lab.page, nbformat.read(lab.folder / f"{name}.ipynb", as_version=4)
     page.wait_for_function(f"document.querySelectorAll('.jp-Cell').length == {len(book.cells)}")
     pictures = page.locator(".jp-Notebook img")
-    page.wait_for_function(
-        "[...document.querySelectorAll('.jp-Notebook img')].every(i => i.naturalWidth > 0)"
-    )
+    loaded = "[...document.querySelectorAll('.jp-Notebook img')].every(i => i.naturalWidth > 0)"
+    page.wait_for_function(loaded)
     assert pictures.count() >= str(book).count("image/png': 'iVBOR")
     text = page.locator(".jp-Notebook").inner_text()
     assert "Error displaying widget" not in text and "model not found" not in text
@@ -182,6 +113,10 @@ def test_a_failing_cell_is_seen(lab):
 
 
 def test_a_training_is_stopped_and_begins_again(lab):
+    def run_cell(number):
+        page.locator(".jp-CodeCell").nth(number).locator(".jp-InputArea-prompt").click()
+        page.keyboard.press("Control+Enter")
+
     lab.open("stop")
     page, stopped = lab.page, re.compile(r"stopped at step \d+ of 4000: the model keeps")
     lab.run_all()
@@ -190,15 +125,13 @@ def test_a_training_is_stopped_and_begins_again(lab):
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_text(stopped).first.wait_for()
     lab.finish()
-    page.locator(".jp-CodeCell").nth(1).locator(".jp-InputArea-prompt").click()
-    page.keyboard.press("Control+Enter")
+    run_cell(1)
     page.locator("progress").wait_for()
     page.keyboard.press("i")
     page.keyboard.press("i")
     page.get_by_text(stopped).first.wait_for()
     lab.finish()
-    page.locator(".jp-CodeCell").nth(2).locator(".jp-InputArea-prompt").click()
-    page.keyboard.press("Control+Enter")
+    run_cell(2)
     page.get_by_text("2 begun at the same loss: True").wait_for()
     outputs = [o for cell in lab.saved("stop").cells for o in cell.outputs]
     assert all(output.output_type != "error" for output in outputs)
