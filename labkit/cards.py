@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from labkit.files import write_text
 from labkit.formats import Row
-from labkit.record import write_text
 
 Section = str | Mapping[str, Any]  # a text, or a table of two columns
 
