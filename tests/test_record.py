@@ -124,30 +124,22 @@ def test_a_claim_says_what_decides_it_and_how_this_run_differs(tmp_path, monkeyp
     assert [claim.get("source") for claim in read(run)["claims"]] == found
 
 
-def test_the_lineage_of_what_was_trained(tmp_path):
+def test_what_was_trained_is_recorded_with_its_parents_and_also_if_it_was_not_named(tmp_path):
     run = record.start("08_rlhf", {}, root=tmp_path)
-    for name in ("sft", "policy"):
-        run.path(f"{name}/weights").write_bytes(bytes(2_000_000))
+    for name in ("sft", "policy", "adapter", "checkpoints/checkpoint-1"):
+        run.path(f"{name}/w.safetensors").write_bytes(bytes(2_000_000))
+    run.path("adapter/adapter_config.json").write_text("")
     run.artifact("sft")
-    for kind in ("model", "adapter"):  # the cell is run again
+    for kind in ("model", "policy model"):  # the cell is run again
         run.artifact("policy", kind, parents=["sft"])
     for name, parents in (("reward", []), ("policy", ["tuned"])):
         with pytest.raises(ValueError, match="artifact"):
             run.artifact(name, parents=parents)
-    made = [(a["name"], a["kind"], a["parents"], a["bytes"]) for a in read(run)["artifacts"]]
-    assert made == [("sft", "model", [], 2_000_000), ("policy", "adapter", ["sft"], 2_000_000)]
-    assert "2.0 MB" in repr(run.lineage())
-
-
-def test_models_that_a_notebook_saved_and_did_not_name_are_recorded(tmp_path):
-    run = record.start("02_lora", {}, root=tmp_path)
-    for name in ("policy", "adapter", "checkpoints/checkpoint-1"):
-        run.path(f"{name}/w.safetensors").write_bytes(b"1")
-    run.path("adapter/adapter_config.json").write_text("{}")
-    run.artifact("policy", "policy model")
     run.finish()
-    made = [(a["name"], a["kind"]) for a in read(run)["artifacts"]]
-    assert made == [("policy", "policy model"), ("adapter", "adapter")]
+    made = [(a["name"], a["kind"], a["parents"]) for a in read(run)["artifacts"]]
+    named = [("sft", "model", []), ("policy", "policy model", ["sft"])]
+    assert made == [*named, ("adapter", "adapter", [])]
+    assert [row["size"] for row in run.lineage().rows] == ["2.0 MB"] * 3
 
 
 def test_texts_that_are_shown_side_by_side_are_recorded_and_figures_go_to_wandb(tmp_path):
