@@ -82,14 +82,6 @@ class WandbServer(Server):
         manifest = {"id": artifactID, "file": self.file(f"{artifactID}/{name}")}
         return {"createArtifactManifest": {"artifactManifest": manifest}}
 
-    def answer_UpdateArtifactManifest(self, artifactManifestID, **_):
-        manifest = {"id": artifactManifestID}
-        manifest["file"] = self.file(f"{artifactManifestID}/wandb_manifest.json")
-        return {"updateArtifactManifest": {"artifactManifest": manifest}}
-
-    def answer_ArtifactType(self, **_):
-        return {"project": {"artifact": None}}
-
     def answer_CreateArtifactFiles(self, artifactFiles, **_):
         names = [f"{file['artifactID']}/{file['name']}" for file in artifactFiles]
         nodes = [{"node": self.file(name)} for name in names]
