@@ -2,8 +2,7 @@
 
 Which response is A is drawn at random for each pair and rater. Each vote is one JSON line that
 names the winner, whatever side it stood on; a file that is there is gone on with. Such a file is
-also a data set of preferences, as `labkit.data.load` reads it: ties and skipped pairs are left
-out.
+also a data set of preferences, as `labkit.data.load` reads it, without ties and skipped pairs.
 """
 
 from __future__ import annotations
