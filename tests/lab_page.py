@@ -45,10 +45,12 @@ class Lab:
 
     def ran(self, seconds=600):
         """Waits until all cells have run, or one has failed."""
-        numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every("
+        # Folded cells show no number.
+        numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].every("
         numbered += r"each => /\[\d+\]/.test(each.textContent))"
         failed = f"document.querySelector('{RED} .ansi-red-fg')"
         self.page.wait_for_function(f"{numbered} || {failed}", timeout=1000 * seconds)
+        self.finish()
 
     def finish(self, seconds=60):
         """Waits until the kernel has been idle for a second."""
