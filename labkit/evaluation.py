@@ -66,7 +66,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         low, high = self.interval
-        return f"{self.accuracy:.1%} of {self.n} (95 % interval {low:.1%} to {high:.1%})"
+        return f"{self.accuracy:.1%} of {self.n} (95% interval {low:.1%} to {high:.1%})"
 
 
 def exact(

@@ -1,8 +1,8 @@
 """Recognizes how rows are laid out and converts them to TRL's columns.
 
 These are `prompt`, `completion` · `prompt`, `chosen`, `rejected` · `prompt`, `responses`, `ranks` ·
-`messages` · `text`; prompts and replies are texts or lists of messages. Further columns are kept,
-`system` becomes a message, and a row of which something would be lost (tool calls) is refused.
+`messages` · `text` · `prompt` alone; prompts and replies are texts or lists of messages. Further
+columns are kept, `system` becomes a message, and a row that would lose something is refused.
 """
 
 from __future__ import annotations
@@ -151,6 +151,12 @@ def _conversation(row: Row, column: str) -> list[Message]:
     return turns
 
 
+def _prompt(row: Row, columns: list[str]) -> Row:
+    """A prompt alone, for what a model answers itself."""
+    text = isinstance(row["prompt"], str)
+    return {"prompt": _string(row, "prompt", True) if text else _turns(row, "prompt", "user")}
+
+
 def _ranking(row: Row, columns: list[str]) -> Row:
     responses, ranks = row["responses"], row["ranks"]
     whole = isinstance(ranks, list) and all(isinstance(rank, int) for rank in ranks)
@@ -245,4 +251,5 @@ FORMATS: dict[str, Callable[[Row, list[str]], Row]] = {
     "messages": _chat,
     **dict.fromkeys(_PAIRS.split(", "), _replies),
     "text": lambda row, columns: {"text": _string(row, "text", filled=True)},
+    "prompt": _prompt,
 }

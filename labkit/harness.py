@@ -66,7 +66,8 @@ def evaluate(
         model.train(training)
     rows = []
     for task, metrics in found["results"].items():
-        n = found["n-samples"].get(task, {}).get("effective")
+        parts = found.get("group_subtasks", {}).get(task) or [task]
+        n = sum(found["n-samples"][part]["effective"] for part in parts)
         for name, value in metrics.items():
             metric, comma, rest = name.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):

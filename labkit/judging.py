@@ -83,7 +83,7 @@ class Rate:
     def __repr__(self) -> str:
         low, high = self.interval
         without = f", {self.left_out} without a verdict" if self.left_out else ""
-        return f"{self.mean:.1%} of {self.n} (95 % interval {low:.1%} to {high:.1%}{without})"
+        return f"{self.mean:.1%} of {self.n} (95% interval {low:.1%} to {high:.1%}{without})"
 
 
 def rate(verdicts: Sequence[Verdict]) -> Rate:

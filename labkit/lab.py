@@ -8,7 +8,7 @@ from typing import Any
 
 from . import evaluation, tinytown
 from .record import Run
-from .show import Table
+from .show import Table, samples
 from .templates import Row, prompt_text
 from .training import TrainConfig, TrainResult, fit, sft_loss
 
@@ -72,6 +72,11 @@ class Scores:
             shown = {k: f"{v:.1%}" if k in self.asked else v for k, v in found.items()}
             rows.append({"model": name} | shown)
         return self.run.table("scores", rows)
+
+    def samples(self, *names: str) -> Table:
+        """Answers of these models, as far as they were scored, to some of the first questions."""
+        answers = {name: self.answers[name] for name in names if name in self.answers}
+        return samples(next(iter(self.asked.values())), answers)
 
     def ask(self, networks: Mapping[str, Any]) -> Any:
         """A box: the models, by name, answer what the reader types; some questions are offered."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from os.path import commonprefix
 from typing import Any
 
 from .templates import Row, prompt_text, response
 
+KEPT: dict[Any, str] = {True: "kept", False: "broken"}
+KEPT |= {"holds": "kept", "does not hold here": "broken"}
 SIGNS = {"holds": "✔", "holds in part": "◐", "does not hold here": "✘"}
+_NUMBER = re.compile(r"[-+−]?[\d,.]*(e[-+]\d+)?%?|nan|inf")
 # Tags that GitHub keeps, colours where they are let through.
 _NO_LOSS = '<span style="opacity:.65">{}</span>'
 _LOSS = '<ins><b style="font-weight:normal;background:#2a63">{}</b></ins>'
@@ -50,7 +54,7 @@ class Table:
     def _repr_html_(self) -> str:
         sides = []
         for name in self.columns:
-            numbers = all(isinstance(row.get(name, 0), int | float) for row in self.rows)
+            numbers = all(_NUMBER.fullmatch(show(row.get(name, ""))) for row in self.rows)
             sides.append("right" if numbers and not self.style else "left")
 
         def line(tag: str, texts: Iterable[str]) -> str:
@@ -81,7 +85,8 @@ class SideBySide(Table):
     style = "vertical-align:top;white-space:pre-wrap"
 
     def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-        super().__init__([dict(zip(columns, row, strict=True)) for row in cells])
+        whole = ([text.rstrip("\ufffd") for text in row] for row in cells)  # no half characters
+        super().__init__([dict(zip(columns, row, strict=True)) for row in whole])
 
     def _repr_html_(self) -> str:
         for keep in keepers:
@@ -93,26 +98,32 @@ class SideBySide(Table):
         return "\n\n".join("\n".join(map(str.__add__, names, row)) for row in self.cells())
 
 
-def outcomes(rows: Iterable[tuple[str, object, object]]) -> Table:
-    """What was predicted, what was measured, and whether that keeps the prediction."""
+def outcomes(rows: Iterable[tuple[str, object, bool | str]]) -> Table:
+    """What was predicted, what was measured, and whether that keeps the prediction: a truth value,
+    or a verdict of `evaluation.decide`.
+    """
     names = ("predicted", "measured", "")
-    words = ((said, found, "kept" if kept else "broken") for said, found, kept in rows)
+    words = ((said, found, KEPT.get(kept, str(kept))) for said, found, kept in rows)
     return Table([dict(zip(names, row, strict=True)) for row in words])
 
 
-def side_by_side(
-    rows: list[Row], before: list[str], after: list[str], n: int = 5, own_form: Sequence[str] = ()
-) -> Table:
-    """n rows, spread evenly: prompt, expected answer, answers before and after training.
+def samples(rows: list[Row], answers: Mapping[str, Sequence[str]], n: int = 8) -> Table:
+    """Prompts, expected answers, and those of models by name, to n of the rows.
 
-    `own_form`: answers before training to the same questions in a form that the model knows.
+    One row of each family (`task`) at most. Where answers are marked (✓, ✗), up to half of those
+    that are shown are such that the last model gets wrong.
     """
-    columns = {"before": before} | ({"before, in own form": own_form} if own_form else {})
-    columns["after"] = after
-    every = list(zip(rows, *columns.values(), strict=True))
-    some = [every[j * len(rows) // n] for j in range(n)] if n < len(rows) else every
-    cells = [(prompt_text(row), response(row), *answers) for row, *answers in some]
-    return SideBySide(("prompt", "expected", *columns), cells)
+    *_, last = answers.values()
+    right = [not text.startswith("✗") for text in last]
+    kinds = {rows[i].get("task", i): i for i in sorted(range(len(rows)), key=lambda i: -right[i])}
+    places, half = sorted(kinds.values(), key=right.__getitem__), n // 2
+    cells = []
+    for i in places[:half] + places[half:][half - n :]:
+        family = [rows[i]["task"]] if "task" in rows[i] else []
+        said = (texts[i] for texts in answers.values())
+        cells.append((*family, prompt_text(rows[i]), response(rows[i]), *said))
+    names = ["family"] if cells and len(cells[0]) > 2 + len(answers) else []
+    return SideBySide((*names, "prompt", "expected", *answers), cells)
 
 
 class MaskView:

@@ -17,8 +17,12 @@ this_run: dict[str, Any] = {}  # its notebook and parameters; `record.start` set
 def recorded(question: str) -> dict[str, Any]:
     """A sweep's committed results, with a word where there are none, or settings differ.
 
-    Runs of an earlier base are left out.
+    Runs of an earlier base are left out, and all where this run's model or data are one's own.
     """
+    if {this_run.get(name, "tinytown") for name in ("model", "data", "preferences")} != {
+        "tinytown"
+    }:
+        return {"runs": []}
     file = _FOLDER / f"{question}.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
     if not found["runs"]:

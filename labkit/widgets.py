@@ -35,6 +35,7 @@ class Explorer(w.VBox):
         # JupyterLab says "model not found" in place of a widget whose kernel is gone.
         gone = f".jp-OutputArea-child:has(~ * .{name}-copy) [data-mime-type*=widget]:not(:has(*))"
         hidden = f"body:has(.{name}) .{name}-copy{{display:none}}{gone}{{display:none}}"
+        hidden += ".labkit-busy{opacity:.4}"
         start = f'<div class="{name}-copy"><style>{hidden}</style>'
         first = {"data": {"text/html": f"<p>{escape(caption)}</p>"}}
         for output in [first, *view.outputs]:
@@ -59,6 +60,7 @@ def explore(function: Callable[..., Any], **controls: Any) -> Any:
     view = w.Output()
 
     def update(_: Any = None) -> None:
+        view.add_class("labkit-busy")  # what is shown is of other values
         with capture_output() as caught:
             result = function(**{name: control.value for name, control in controls.items()})
         texts = {"stdout": caught.stdout, "stderr": caught.stderr}
@@ -69,6 +71,7 @@ def explore(function: Callable[..., Any], **controls: Any) -> Any:
                 data = data | {kind: b64encode(data[kind]).decode()}
             outputs.append({"output_type": "display_data", "data": data, "metadata": metadata})
         view.outputs = tuple(outputs)
+        view.remove_class("labkit-busy")
 
     update()
     for control in controls.values():

@@ -566,14 +566,21 @@ def test_table_is_escaped_and_aligned():
     assert repr(show.Table([])) == ""
 
 
-def test_side_by_side_is_escaped():
+def test_samples_are_escaped():
     row = {"prompt": "<img src=x onerror=alert(1)>", "completion": "<i>no</i>"}
-    table = show.side_by_side([row] * 4, ["<script>"] * 4, ["a & b"] * 4, n=2)
+    table = show.samples([row] * 4, {"before": ["<script>"] * 4, "after": ["a & b\ufffd"] * 4}, n=2)
     shown = table._repr_html_()
     assert "<img" not in shown and "<script" not in shown and "<i>" not in shown
     assert "&lt;script&gt;" in shown and "a &amp; b" in shown and shown.count("<tr>") == 3
     assert "after | a & b" in repr(table)
-    columns = show.side_by_side([row], ["no"], ["yes"], own_form=["perhaps"]).columns
-    assert columns == ["prompt", "expected", "before", "before, in own form", "after"]
-    with pytest.raises(ValueError):
-        show.side_by_side([row], ["a", "b"], ["c"])
+    assert table.columns == ["prompt", "expected", "before", "after"]
+
+
+def test_samples_show_families_and_what_goes_wrong():
+    rows = [{"prompt": str(i), "completion": "yes", "task": "abcdef"[i % 6]} for i in range(30)]
+    marked = ["✗ no" if i in (8, 20, 22) else "✓ yes" for i in range(30)]
+    table = show.samples(rows, {"base": ["✗ no"] * 30, "tuned": marked}, n=4)
+    assert table.columns == ["family", "prompt", "expected", "base", "tuned"]
+    assert [row["tuned"] for row in table.rows] == ["✗ no"] * 2 + ["✓ yes"] * 2
+    assert len({row["family"] for row in table.rows}) == 4
+    assert len(show.samples(rows, {"tuned": marked}, n=8).rows) == 6  # no family twice

@@ -33,6 +33,8 @@ def test_a_main_training_is_logged_and_scores_are_metrics(run, tiny_model, tiny_
     assert found["metrics"]["accuracy_lora_r8_after"] == 1.0 and len(found["metrics"]) == 6
     assert len(found["history"]) == result.steps
     assert set(found["timings"]) == {"training", "evaluation"}
+    shown = scores.samples("nobody", "before", "LoRA r = 8, after")
+    assert shown.columns[-2:] == names and shown.rows[0]["LoRA r = 8, after"] == "✓ mill"
     question, _, answers = scores.ask({"LoRA": model}).children
     assert question.value == "river 0" and len(question.options) == 8
     assert "mill" in str(answers.outputs)
@@ -41,5 +43,6 @@ def test_a_main_training_is_logged_and_scores_are_metrics(run, tiny_model, tiny_
 
 
 def test_a_prediction_is_kept_or_broken():
-    table = show.outcomes([("it rises", "+1", True), ("it falls", "+1", False)])
-    assert table.cells() == [["it rises", "+1", "kept"], ["it falls", "+1", "broken"]]
+    verdicts = {True: "kept", False: "broken", "holds": "kept", "undecided": "undecided"}
+    table = show.outcomes([("it rises", "+1", verdict) for verdict in verdicts])
+    assert [row[2] for row in table.cells()] == list(verdicts.values())
