@@ -145,15 +145,13 @@ def parameter_counts(model: Any) -> Counts:
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    return Counts(total, trainable, trainable / max(total, 1), size)
+    return Counts(total, trainable, trainable / max(total, 1), sum(p.nbytes for p in parameters))
 
 
 def meta_model(config: Any) -> Any:
-    """A model without memory for its weights, from a configuration, a dict, a folder or a file."""
+    """A model without memory for its weights: of a configuration, a dict, a folder, file or hub id."""
     if isinstance(config, str | Path):
-        path = Path(config).expanduser()
-        config = json.loads((path if path.is_file() else path / "config.json").read_text())
+        config = transformers.AutoConfig.from_pretrained(Path(config).expanduser())
     if isinstance(config, dict):
         config = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
