@@ -49,7 +49,7 @@ def join(
 class Batch:
     """E examples in B sequences of T tokens, padded on the right; N response tokens to predict.
 
-    `positions`, `targets` and `example` are in the order of the sequences: see `by_example`.
+    `positions`, `targets` and `example` are in the order of the sequences: see `in_order`.
     """
 
     input_ids: Tensor  # (B, T)
@@ -76,11 +76,6 @@ class Batch:
         """The same batch on `device`."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **{name: x.to(device) for name, x in tensors.items()})
-
-    def by_example(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values (N, …) of response tokens, split into those of each example, in its order."""
-        counts = torch.bincount(self.example, minlength=self.size).tolist()
-        return self.in_order(values).split(counts)
 
     def in_order(self, values: Tensor) -> Tensor:
         """Values (N, …) of response tokens, in the order of the examples, not of the sequences."""
