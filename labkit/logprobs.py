@@ -139,12 +139,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x (float32) where `mask`, of x's shape, is set, over `dim` or everything; or NaN."""
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (float32) where `mask`, of x's shape, is set; NaN where it is nowhere."""
     if x.shape != mask.shape:
         raise ValueError(f"mask: expected shape {tuple(x.shape)} of x, got {tuple(mask.shape)}")
-    count = mask.bool()  # a product with it would let a masked NaN through
-    return x.float().masked_fill(~count, 0.0).sum(dim) / count.sum(dim)
+    kept = mask.bool()  # a product with it would let a masked NaN through
+    return x.float().masked_fill(~kept, 0.0).sum() / kept.sum()
 
 
 def masked_whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
