@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from labkit import batching, models, training
 from labkit.config import Count, Natural, NonNegative, Probability, settings
-from labkit.techniques import adapter, full, lora, ppo, prefix, reward, rollout
+from labkit.techniques import adapter, lora, ppo, prefix, reward, rollout
 
 PARTS = ("weights", "gradients", "optimizer states", "activations and rest", "runtime overhead")
 WEIGHTS, GRADIENTS, STATES, REST, OVERHEAD = PARTS
@@ -136,7 +136,7 @@ def _attached(network: Any, s: Setting) -> Any:
     if s.technique == "reward":
         return reward.Scorer(reward.with_head(network, SimpleNamespace(pad_token_id=0)))
     if s.technique == "full" or (s.technique == "ppo" and not s.rank):
-        model = full.attach(network, full.FullConfig())
+        model = network  # all of which trains
     elif s.technique == "prefix":
         model = prefix.attach(network, prefix.PrefixConfig(length=s.prefix_length))
     elif s.technique == "adapter":
@@ -236,7 +236,7 @@ def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
     both = nn.ModuleList([model, network])  # a reward model is a copy, and the original stays
-    blocks, ledger = full.layers(base), _Ledger()
+    blocks, ledger = [*models.blocks(base).values()], _Ledger()
     blocks[-1].register_full_backward_pre_hook(lambda *_: ledger.begin("last block"))
     blocks[0].register_full_backward_pre_hook(lambda *_: ledger.begin("first block"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -249,7 +249,7 @@ def _phases(config: Any, depth: int, s: Setting) -> dict[str, Counter[str]]:
 
 def depths(network: Any) -> tuple[int, ...]:
     """The numbers of blocks to simulate: three and two stand for many of one kind and size."""
-    blocks = full.layers(network)
+    blocks = models.blocks(network).values()
     kinds = {*(getattr(network.config.get_text_config(), "layer_types", None) or ())}
     sizes = {tuple(p.numel() for p in block.parameters()) for block in blocks}
     alike = len(sizes) == 1 and len(kinds) < 2
@@ -263,18 +263,13 @@ def simulate(config: Any, s: Setting, depths: tuple[int, ...]) -> dict[str, floa
     """The parts of a run at its most, bytes by name, from steps of models of `depths` blocks."""
     key = config.to_json_string(), s, depths
     if key not in _known:
-        _known[key] = _simulate(config, s, depths)
-    return dict(_known[key])
-
-
-def _simulate(config: Any, s: Setting, depths: tuple[int, ...]) -> dict[str, float]:
-    phases, *fewer = (_phases(config, depth, s) for depth in depths)
-    added = config.get_text_config().num_hidden_layers - depths[0]
-    for less in fewer:
-        for phase, parts in phases.items():
-            phases[phase] = Counter(
-                {p: parts[p] + added * (parts[p] - less[phase][p]) for p in PARTS}
-            )
-    most = max(phases.values(), key=Counter.total)
-    more = {WEIGHTS: s.held, REST: WORKSPACE[s.device], OVERHEAD: RUNTIME[s.device]}
-    return {p: float(most[p] + more.get(p, 0)) for p in PARTS}
+        phases, *fewer = (_phases(config, depth, s) for depth in depths)
+        added = config.get_text_config().num_hidden_layers - depths[0]
+        for less in fewer:
+            for phase, parts in phases.items():
+                grown = {p: parts[p] + added * (parts[p] - less[phase][p]) for p in PARTS}
+                phases[phase] = Counter(grown)
+        most = max(phases.values(), key=Counter.total)
+        more = {WEIGHTS: s.held, REST: WORKSPACE[s.device], OVERHEAD: RUNTIME[s.device]}
+        _known[key] = {p: float(most[p] + more.get(p, 0)) for p in PARTS}
+    return _known[key]
