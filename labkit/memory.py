@@ -25,7 +25,6 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig
 
 from labkit import models, plots, tinytown
 from labkit.show import Table
@@ -106,15 +105,8 @@ class Plan:
 
     def _repr_html_(self) -> str:
         sign = {True: "✔ ", False: "✘ ", None: ""}[self.fits]
-        table, svg, left = Table(self.rows())._repr_html_(), "", 0.0
-        scale = 500 / max(self.total, self.device_memory or 0)
-        for size, colour in zip(self.parts.values(), plots.COLOURS, strict=False):
-            svg += f'<rect x="{left}" width="{size * scale}" height="20" fill="{colour}"/>'
-            left += size * scale
-        if self.device_memory is not None:
-            svg += f'<rect x="{self.device_memory * scale - 2}" width="2" height="24" fill="#888"/>'
-        svg = f'<svg width="500" height="24" role="img" aria-label="parts">{svg}</svg>'
-        return f"<p><b>{sign}{escape(self.advice)}</b></p>{svg}<p>{escape(self.title)}</p>{table}"
+        said, table = f"{sign}{escape(self.advice)}", Table(self.rows())._repr_html_()
+        return f"<p><b>{said}</b></p><p>{escape(self.title)}</p>{table}"
 
     def figure(self) -> Any:
         """The parts on top of each other, and the device's limit as a line."""
@@ -173,8 +165,6 @@ def plan(
     ValueError for settings that cannot work, OSError for a configuration that cannot be read.
     """
     config = tinytown.base_folder() if model == "tinytown" else getattr(model, "config", model)
-    if isinstance(config, str | Path):
-        config = AutoConfig.from_pretrained(config)
     network = models.meta_model(config)
     config, count = network.config, models.parameter_counts(network).total
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
