@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from labkit import data, tinytown, training
+from labkit import data, templates, tinytown, training
 from labkit.batching import pack
 from labkit.techniques import instruction
 from labkit.techniques.instruction import InstructionConfig
@@ -39,12 +39,10 @@ def test_worked_example():
 
     In units of ln 2: 5, 1, 2. Response and end: 1.5. Prompt and response, no end: 3.
     """
-    ids, mask = instruction.join([0, 1], [2], end=3)
-    assert (ids, mask) == ([0, 1, 2, 3], [0, 0, 1, 1])
     p = torch.full((1, 4, 4), 0.25)
     p[0, 0] = torch.tensor([31, 3, 31, 31]) / 96
     p[0, 1] = torch.tensor([1, 1, 3, 1]) / 6
-    ids, mask = torch.tensor([ids]), torch.tensor([mask])
+    ids, mask = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1]])
     value, metrics = instruction.loss(p.log(), ids, mask)
     assert value.item() == pytest.approx(1.5 * math.log(2))
     assert metrics["perplexity"] == pytest.approx(2**1.5) and metrics["tokens"] == 2
@@ -80,14 +78,16 @@ def test_loss_and_gradients_equal_those_of_the_library(tiny_model, tiny_tokenize
 
 @pytest.mark.parametrize("template, language", [("alpaca", "en"), ("alpaca_zh", "zh")])
 @pytest.mark.parametrize("given", ["owl", ""])
-def test_encode_equals_the_core_joined_by_hand(tiny_tokenizer, template, language, given):
+def test_encode_joins_the_template_the_response_and_the_eos(tiny_tokenizer, template, language, given):
     row = {"instruction": "Translate.", "input": given, "prompt": "", "completion": "猫头鹰"}
     encoded = instruction.encode([row], tiny_tokenizer, InstructionConfig(template=template))
-    text = instruction.format_alpaca("Translate.", given, language)
+    form = templates.ALPACA[f"{language}_input" if given else language]
+    text = form.format(instruction="Translate.", input=given)
     assert text.endswith(("### Response:\n", "### 回复：\n")) and ("owl" in text) == bool(given)
     prompt, answer = (tiny_tokenizer(part)["input_ids"] for part in (text, "猫头鹰"))
-    joined = instruction.join(prompt, answer, tiny_tokenizer.eos_token_id)
-    assert tuple(part.tolist() for part in encoded[0]) == joined
+    ids, mask = (part.tolist() for part in encoded[0])
+    assert ids == [*prompt, *answer, tiny_tokenizer.eos_token_id]
+    assert mask == [0] * len(prompt) + [1] * (len(answer) + 1)
 
 
 def test_the_chapters_loop_learns_prompts_and_no_end(tiny_tokenizer):

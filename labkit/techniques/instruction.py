@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -37,18 +37,6 @@ class InstructionConfig:
     max_length: Annotated[int, Field(ge=2)] = 256
     learn_prompt: bool = False
     learn_eos: bool = True
-
-
-def format_alpaca(instruction: str, given: str = "", language: Literal["en", "zh"] = "en") -> str:
-    """The prompt of the chapter's template (5.4.2), up to where the response begins."""
-    form = templates.ALPACA[f"{language}_input" if given.strip() else language]
-    return form.format(instruction=instruction, input=given)
-
-
-def join(prompt_ids: Sequence[int], response_ids: Sequence[int], end: int) -> tuple[list, list]:
-    """One example: the ids of prompt, response and EOS, and its response mask (1 = loss)."""
-    ids = [*prompt_ids, *response_ids, end]
-    return ids, [0] * len(prompt_ids) + [1] * (len(response_ids) + 1)
 
 
 def loss(
