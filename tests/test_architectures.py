@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from helpers import IDS, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from labkit import data, generate, logprobs, models, training
@@ -50,6 +51,7 @@ ARCHITECTURES = {
     "jamba": GROUPED  # state space, attention and experts
     | dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
 }
+TECHNIQUES = ("full", "lora", "qlora", "prefix", "adapter", "reward", "ppo", "rloo")
 REFUSED = {(arch, "adapter"): "expected one of" for arch in ("opt", "mpt", "jamba", "mamba")}
 REFUSED |= {(arch, "prefix"): "^model: " for arch in ("deepseek_v3", "jamba", "mamba")}
 REFUSED |= {(arch, "reward"): "no reward head" for arch in ("cohere", "granite", "mamba")}
@@ -57,14 +59,6 @@ REFUSED |= {(arch, "reward"): "no reward head" for arch in ("cohere", "granite",
 CONFIG = training.TrainConfig(max_steps=2, batch_size=3, learning_rate=1e-2, precision="fp32")
 LORA = lora.LoraConfig(rank=4)
 QLORA = qlora.QloraConfig(LORA, block_size=32)
-ATTACH = {
-    "full": (full, full.FullConfig()),
-    "lora": (lora, LORA),
-    "qlora": (qlora, QLORA),
-    "prefix": (prefix, prefix.PrefixConfig(length=4)),
-    "adapter": (adapter, adapter.AdapterConfig(bottleneck=4)),
-}
-IDS = torch.arange(5, 29).reshape(2, 12)
 ROWS = [
     {"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}.", "rejected": "Bread."}
     for n in range(6)
@@ -83,16 +77,23 @@ def build(arch):
 
 
 def attach(technique, model):
-    module, config = ATTACH[technique]
-    return module.attach(model, config)
+    if technique == "full":
+        return full.attach(model, full.FullConfig())
+    if technique == "lora":
+        return lora.attach(model, LORA)
+    if technique == "qlora":
+        return qlora.attach(model, QLORA)
+    if technique == "prefix":
+        return prefix.attach(model, prefix.PrefixConfig(length=4))
+    return adapter.attach(model, adapter.AdapterConfig(bottleneck=4))
 
 
 def load_again(technique, arch, folder):
+    if technique == "full":
+        return models.load(str(folder), device="cpu")[0]
     if technique == "qlora":
         return qlora.load_adapter(build(arch), folder, QLORA)
-    if technique in ("lora", "prefix", "adapter"):
-        return (prefix if technique == "prefix" else models).load_adapter(build(arch), folder)
-    return models.load(str(folder), device="cpu")[0]
+    return (prefix if technique == "prefix" else models).load_adapter(build(arch), folder)
 
 
 def train(technique, model, tokenizer):
@@ -118,11 +119,11 @@ def train(technique, model, tokenizer):
     return tuned, training.fit(tuned, encoded, training.sft_loss, CONFIG, progress=False).history
 
 
-@pytest.mark.parametrize("technique", [*ATTACH, "reward", "ppo", "rloo"])
+@pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_technique_trains_saves_and_loads(arch, technique, tiny_tokenizer, tmp_path):
     model = build(arch)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = weights_of(model)
     if reason := REFUSED.get((arch, technique)):
         with pytest.raises(ValueError, match=reason):
             train(technique, model, tiny_tokenizer)
@@ -139,14 +140,15 @@ def test_every_technique_trains_saves_and_loads(arch, technique, tiny_tokenizer,
         return
     tuned.eval()
     models.save(tuned, tiny_tokenizer, tmp_path / "saved")
-    again = load_again(technique, arch, tmp_path / "saved")
+    kind = "full" if technique in ("ppo", "rloo") else technique
+    again = load_again(kind, arch, tmp_path / "saved")
     batch = pack(data.encode(ROWS, tiny_tokenizer), packing=False)
     with torch.no_grad():
         logps = [logprobs.response_logps(m.eval(), batch) for m in (tuned, again, build(arch))]
     torch.testing.assert_close(logps[0], logps[1], rtol=1e-4, atol=1e-4)
     assert (logps[0] - logps[2]).abs().max() > 1e-3  # it learned something
-    given = (tiny_tokenizer, ["It is"])
-    texts = [generate.generate(m, *given, max_new_tokens=5) for m in (tuned, again)]
+    asked = dict(prompts=["It is"], max_new_tokens=5)
+    texts = [generate.generate(m, tiny_tokenizer, **asked) for m in (tuned, again)]
     assert texts[0] == texts[1]
     if technique in ("lora", "qlora"):
         merged = tuned.merge_and_unload() if technique == "lora" else qlora.merge(tuned)

@@ -2,11 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from helpers import example
 
-from labkit.batching import Example, pack
+from labkit.batching import pack
 from labkit.logprobs import (
     evaluating,
     masked_mean,
@@ -16,10 +16,6 @@ from labkit.logprobs import (
     response_outputs,
     sum_by_example,
 )
-
-
-def example(ids, prompt):
-    return Example(np.array(ids), (np.arange(len(ids)) >= prompt).astype(np.int64))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import inspect
 import peft
 import pytest
 import torch
+from helpers import IDS, logits, randomize
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -13,22 +14,7 @@ from labkit import models
 from labkit.techniques import adapter, qlora
 from labkit.techniques.adapter import AdapterConfig, Bottleneck, BottleneckConfig
 
-IDS = torch.arange(5, 29).reshape(2, 12)
 SMALL = AdapterConfig(bottleneck=6)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
-
-
-def randomize(model, seed=1):
-    """Adapters as after training: U and c are no longer zero."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def bottlenecks(model, name="default"):
@@ -106,7 +92,9 @@ def assert_equals_hand(tuned, plain, arch, placement="houlsby", f=torch.relu):
 
 @pytest.mark.parametrize(("placement", "name"), [("houlsby", "relu"), ("pfeiffer", "silu")])
 def test_parity_with_hooks_on_a_frozen_model(tiny_model, arch, placement, name):
-    tuned = randomize(adapter.attach(tiny_model(arch), AdapterConfig(6, placement, name)).eval())
+    tuned = randomize(
+        adapter.attach(tiny_model(arch), AdapterConfig(6, placement, name)).eval(), 0.1
+    )
     assert_equals_hand(tuned, tiny_model(arch), arch, placement, getattr(nn.functional, name))
 
 
@@ -118,7 +106,7 @@ def test_a_four_bit_base(tiny_model, tiny_tokenizer, tmp_path):
 
     tuned = adapter.attach(base(), SMALL).eval()
     assert torch.equal(logits(tuned), logits(base()))
-    assert_equals_hand(randomize(tuned), qlora.dequantize_model(base()), "llama")
+    assert_equals_hand(randomize(tuned, 0.1), qlora.dequantize_model(base()), "llama")
     with tuned.disable_adapter():
         assert torch.equal(logits(tuned), logits(base()))
     folder = models.save(tuned, tiny_tokenizer, tmp_path / "adapter")

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from helpers import weights_of
 from torch import nn
 
 from labkit import data, models, training
@@ -59,12 +60,11 @@ def test_a_strong_penalty_keeps_the_weights_nearer(tiny_model, tiny_tokenizer):
 
 def test_frozen_weights_do_not_move_and_the_others_do(tiny_model, tiny_tokenizer, arch):
     model = full.attach(tiny_model(arch), FullConfig(frozen_layers=1, frozen_embeddings=True))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = weights_of(model)
     lower = {id(p) for p in full.layers(model)[0].parameters()}
     lower.add(id(model.get_input_embeddings().weight))
-    assert not any(
-        id(dict(model.named_parameters())[n]) in lower for n in full.reference_weights(model)
-    )
+    weights = dict(model.named_parameters())
+    assert not any(id(weights[name]) in lower for name in full.reference_weights(model))
     tune(model, tiny_tokenizer)
     moved = {id(p): not torch.equal(p, before[n]) for n, p in model.named_parameters()}
     assert not any(moved[i] for i in lower)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same
 from torch.nn.utils.rnn import pad_sequence
 
 from labkit import data, templates, tinytown, training
@@ -23,15 +24,6 @@ def batch(encoded):
     """Right-padded (B, T) ids and response mask."""
     columns = zip(*encoded, strict=True)
     return [pad_sequence([torch.from_numpy(part) for part in c], batch_first=True) for c in columns]
-
-
-def assert_same_step(model, ours, theirs):
-    """Losses and gradients agree."""
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    mine, other = (torch.autograd.grad(loss, parameters) for loss in (ours, theirs))
-    scale = max(g.abs().max() for g in other)
-    assert all((a - b).abs().max() < 1e-4 * scale for a, b in zip(mine, other, strict=True))
 
 
 def test_worked_example():
@@ -72,13 +64,15 @@ def test_loss_and_gradients_equal_those_of_the_library(tiny_model, tiny_tokenize
         return instruction.loss(model(input_ids=ids).logits, ids, mask)[0]
 
     labels = ids.masked_fill(mask == 0, -100)
-    assert_same_step(model, ours(), model(input_ids=ids, labels=labels).loss)
-    assert_same_step(model, ours(), training.sft_loss(model, pack(encoded))[0])
+    assert_same(model, ours(), model(input_ids=ids, labels=labels).loss)
+    assert_same(model, ours(), training.sft_loss(model, pack(encoded))[0])
 
 
 @pytest.mark.parametrize("template, language", [("alpaca", "en"), ("alpaca_zh", "zh")])
 @pytest.mark.parametrize("given", ["owl", ""])
-def test_encode_joins_the_template_the_response_and_the_eos(tiny_tokenizer, template, language, given):
+def test_encode_joins_the_template_the_response_and_the_eos(
+    tiny_tokenizer, template, language, given
+):
     row = {"instruction": "Translate.", "input": given, "prompt": "", "completion": "猫头鹰"}
     encoded = instruction.encode([row], tiny_tokenizer, InstructionConfig(template=template))
     form = templates.ALPACA[f"{language}_input" if given else language]

@@ -2,28 +2,12 @@
 
 import pytest
 import torch
+from helpers import IDS, LLAMA_2_7B, logits, randomize
 from torch import nn
 
 from labkit import models
 from labkit.techniques import lora
 from labkit.techniques.lora import LoraConfig, LoRALinear
-
-IDS = torch.arange(5, 29).reshape(2, 12)
-LLAMA_2_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008)
-
-
-def randomize(model):
-    """Adapters as after training: B is no longer zero."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 def test_worked_example():
@@ -121,9 +105,8 @@ def test_settings_that_cannot_work(wrong):
 def test_a_layer_alone_in_half_precision_keeps_small_updates_and_has_dropout():
     config = LoraConfig(rank=3, dropout=0.5)
     layer = randomize(lora.inject(nn.Linear(64, 48, dtype=torch.bfloat16), config))
-    assert {n: t.dtype for n, t in lora.lora_state(layer).items()} == dict.fromkeys(
-        "AB", torch.float32
-    )
+    kinds = {name: tensor.dtype for name, tensor in lora.lora_state(layer).items()}
+    assert kinds == dict.fromkeys("AB", torch.float32)
     x = torch.ones(1, 64, dtype=torch.bfloat16)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x)) and layer(x).dtype == torch.bfloat16
