@@ -134,11 +134,14 @@ def load(
     return state
 
 
-def check_unused(folder: str | Path) -> None:
-    """Raises ValueError if `folder` has checkpoints: they would be mixed up with a new run's."""
-    folder = Path(folder).expanduser()
-    if found := [f.name for f in _complete(folder) if f.parent == folder]:
-        raise ValueError(f"output_dir: {folder} has {found[0]} of another run; take a new folder")
+def check_folder(folder: str | Path | None, config: Any) -> None:
+    """Raises ValueError where checkpoints have no folder, or one that has another run's."""
+    if config.save_steps and folder is None:
+        raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
+    if config.save_steps and not config.resume:
+        folder = Path(folder or "").expanduser()
+        if found := [f.name for f in _complete(folder) if f.parent == folder]:
+            raise ValueError(f"output_dir: {folder} has {found[0]} of another run; take a new one")
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -142,9 +142,10 @@ def fit(
     cell trained with this loss, unless `again`.
     """
     config = config or TrainConfig()
-    packing = _check(model, examples, config, output_dir)
+    checkpoints.check_folder(output_dir, config)
+    packing = _check(model, examples, config)
+    made, checkpoint = _resumed(model, examples, loss, config)
     train_once(model, name_of(loss), again or bool(config.resume))
-    made, checkpoint = _resumed(model, examples, loss, config, output_dir)
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(unchanged(model))
@@ -182,16 +183,14 @@ def fit(
             evaluated = mean_loss(wrapped, eval_examples, loss, collate, config.batch_size)
             if log is not None:
                 log({"eval_loss": evaluated}, trainer.state.global_step)
-    last, tokens = history.entries[-1], history.tokens
     losses = [entry["loss"] for entry in history.entries]
     if len(losses) > 2 * SMOOTH and (end := fmean(losses[-SMOOTH:])) > losses[0]:
         fell = f"the loss did not fall, from {losses[0]:.3f} to {end:.3f}"
         logger.warning("%s: is learning_rate %g too high?", fell, config.learning_rate)
-    total, speed = trainer.state.max_steps, (seconds, tokens, tokens / seconds)
-    stopped = STOPPED.format(last["step"], total) if last["step"] < total else ""
-    return TrainResult(
-        history.entries, last["loss"], last["step"], *speed, peak, evaluated, stopped
-    )
+    step, total = history.entries[-1]["step"], trainer.state.max_steps
+    stopped = STOPPED.format(step, total) if step < total else ""
+    speed = seconds, history.tokens, history.tokens / seconds
+    return TrainResult(history.entries, losses[-1], step, *speed, peak, evaluated, stopped)
 
 
 def name_of(loss: Loss) -> str:
@@ -231,11 +230,6 @@ def mean_loss(
 
 class _Trainer(Trainer):
     """Transformers' trainer, given a loss of batches and a history of our own."""
-
-    batch_loss: Loss
-    extra_loss: Callable[[nn.Module], Tensor] | None
-    history: History
-    made: dict[str, Any]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # around all of it, so that weights are cast once
@@ -303,10 +297,8 @@ def _arguments(model: nn.Module, config: TrainConfig, folder: str) -> Arguments:
     )
 
 
-def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folder: Any) -> bool:
+def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig) -> bool:
     """Raises ValueError for what cannot work; returns whether examples are packed."""
-    if folder is None and config.save_steps:
-        raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
     if config.gradient_checkpointing and logprobs.has_soft_prompt(model):
         raise ValueError("gradient_checkpointing: expected False with a prefix, got True")
     if len(examples) == 0:
@@ -332,7 +324,7 @@ def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig, folde
 
 
 def _resumed(
-    model: Any, examples: Sequence[Any], loss: Any, config: TrainConfig, output_dir: Any
+    model: Any, examples: Sequence[Any], loss: Any, config: TrainConfig
 ) -> tuple[dict[str, Any], str | None]:
     """What the run is made with, and the checkpoint that it goes on from."""
     if not config.save_steps and not config.resume:
@@ -343,7 +335,4 @@ def _resumed(
     adapters = map(vars, getattr(model, "peft_config", {}).values())
     for options in (*adapters, getattr(loss, "keywords", {})):  # alpha and dropout; beta of a loss
         made |= {name: x for name, x in options.items() if isinstance(x, int | float)}
-    if not config.resume:
-        checkpoints.check_unused(output_dir)
-        return made, None
-    return made, str(checkpoints.newest(config.resume, made))
+    return made, str(checkpoints.newest(config.resume, made)) if config.resume else None

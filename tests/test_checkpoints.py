@@ -11,32 +11,16 @@ from labkit.pairs import Pair
 from labkit.techniques import adapter, lora, prefix
 
 
-def tuned(make, **settings):
-    config = lora.LoraConfig(**{"rank": 4, "alpha": 8, "dropout": 0.1, **settings})
-    return lora.attach(make(), config)
-
-
-CHANGES = [
-    ({"alpha": 16}, "lora_alpha"),
-    ({"dropout": 0.2}, "p"),
-    ({"targets": "q_proj"}, "weights"),
-]
-
-
-@pytest.mark.parametrize(("change", "named"), CHANGES)
-def test_other_settings_of_an_adapter_are_refused_by_name(tiny_model, tmp_path, change, named):
-    made = checkpoints.fingerprint(tuned(tiny_model))
-    (tmp_path / "checkpoint-3").mkdir()
-    checkpoints.complete(tmp_path / "checkpoint-3", made)
-    assert checkpoints.newest(tmp_path, checkpoints.fingerprint(tuned(tiny_model)))
-    with pytest.raises(ValueError, match=named):
-        checkpoints.newest(tmp_path, checkpoints.fingerprint(tuned(tiny_model, **change)))
-
-
 def test_other_adapters_and_buffers_have_other_fingerprints(tiny_model):
+    """The same model has the same one, and what differs is named."""
+    changes = ({}, {"alpha": 16}, {"dropout": 0.2}, {"targets": "q_proj"})
+    configs = [lora.LoraConfig(**{"rank": 4, "alpha": 8, "dropout": 0.1} | c) for c in changes]
+    plain, *others = (checkpoints.fingerprint(lora.attach(tiny_model(), c)) for c in configs)
+    assert plain == checkpoints.fingerprint(lora.attach(tiny_model(), configs[0]))
+    for other, named in zip(others, ("lora_alpha", "p", "trained weights"), strict=True):
+        assert {name for name in plain if plain[name] != other[name]} & {named, f"model.{named}"}
     made = [
-        lora.inject(tiny_model(), lora.LoraConfig(rank=4, alpha=8)),
-        lora.inject(tiny_model(), lora.LoraConfig(rank=4, alpha=16)),
+        *(lora.inject(tiny_model(), config) for config in configs[:2]),
         adapter.attach(tiny_model(), adapter.AdapterConfig(activation="relu")),
         adapter.attach(tiny_model(), adapter.AdapterConfig(activation="gelu")),
         prefix.attach(tiny_model(), prefix.PrefixConfig(length=4)),

@@ -236,13 +236,12 @@ def update(
 
 @dataclass(frozen=True)
 class Result:
-    """`stopped` says why, if early; `notes` are warnings, `seconds` those of this call only."""
+    """`stopped` says why, if early; `seconds` are those of this call only."""
 
     history: list[dict] = field(repr=False)
     steps: int
     seconds: float
     stopped: str = ""
-    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -275,9 +274,7 @@ def train(
     models.check_tokenizer(tokenizer, None)
     form, limit = config.template, config.max_new_tokens
     encoded = encode_prompts(prompts, model, tokenizer, form, limit, "left out")
-    if config.save_steps and output_dir is None:
-        raise ValueError("save_steps: expected an output_dir to keep checkpoints in, got None")
-    train_once(model, "PPO", again or bool(config.resume))
+    checkpoints.check_folder(output_dir, config)
     with models.unchanged(model), Live(label, progress and main) as live:
         model.to(state.device if several else model.device)
         if model.device.type == "cpu":
@@ -288,13 +285,11 @@ def train(
         optimizer = torch.optim.Adam(weights, lr=config.learning_rate, eps=1e-5, fused=True)
         made = {name: value for name, value in asdict(config).items() if name not in FREE}
         made |= checkpoints.fingerprint(policy, [Example(*2 * [np.array(p.ids)]) for p in encoded])
-        run: dict[str, Any] = {"history": [], "notes": []}
+        history: list[dict] = []
         if config.resume:
-            run = checkpoints.load(config.resume, policy, optimizer, made)
-        elif config.save_steps:
-            checkpoints.check_unused(str(output_dir))
-        history, stopped = run["history"], ""
-        live.begun = len(history)
+            history = checkpoints.load(config.resume, policy, optimizer, made)["history"]
+        train_once(model, "PPO", again or bool(config.resume))
+        live.begun, stopped = len(history), ""
 
         def finish() -> None:
             own = {*metrics}
@@ -308,26 +303,27 @@ def train(
             live.show(step + 1, config.steps, shown, sample=newest)
             every, last = config.save_steps, step + 1 == config.steps
             if every and main and not stopped and (last or (step + 1) % every == 0):
-                checkpoints.save(str(output_dir), step + 1, policy, optimizer, run, made)
+                state = {"history": history}
+                checkpoints.save(str(output_dir), step + 1, policy, optimizer, state, made)
 
         while len(history) < config.steps and not stopped:
             step, draw = len(history), (config.seed, DRAWING)
             numbers = rollouts.batch_indices(len(encoded), config.batch_size, step, draw)
             chosen = [encoded[i] for i in numbers]
             sampled = rollout(policy, tokenizer, chosen, reward, config, step)
-            metrics, stopped = _step(wrapped, sampled, step, config, optimizer, run["notes"])
+            metrics, stopped = _step(wrapped, sampled, config, optimizer, history)
             rollouts.on_all_ranks(finish)
             if live.stopping and len(history) < config.steps:
                 stopped = stopped or STOPPED.format(len(history), config.steps)
-    notes = tuple(run["notes"])
-    return Result(history, len(history), time.perf_counter() - started, stopped, notes)
+    return Result(history, len(history), time.perf_counter() - started, stopped)
 
 
 def _step(
-    policy: nn.Module, sampled: Rollout, step: int, config: PPOConfig, optimizer: Any, notes: list
+    policy: nn.Module, sampled: Rollout, config: PPOConfig, optimizer: Any, history: list[dict]
 ) -> tuple[dict[str, float], str]:
     """Metrics of the rollout and of the update, or why the run stops before the update."""
-    started, rate = time.perf_counter(), config.learning_rate * (1 - step / config.steps)
+    step, started = len(history), time.perf_counter()
+    rate = config.learning_rate * (1 - step / config.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     metrics, reason = sampled.metrics() | {"learning_rate": rate}, ""
@@ -335,9 +331,8 @@ def _step(
         kl = estimator(sampled.logp, sampled.ref_logp).masked_fill(~sampled.mask, 0.0)
         metrics[name] = float(kl.sum(1).mean())
     for name, value, remark in REMARKS:
-        if metrics[name] == value and not any(note.endswith(remark) for note in notes):
-            notes.append(f"step {step + 1}: {remark}")
-            logger.warning(notes[-1])
+        if metrics[name] == value and all(entry[name] != value for entry in history):
+            logger.warning("step %d: %s", step + 1, remark)
     if config.kl_limit and metrics["kl"] > config.kl_limit:
         reason = f"KL {metrics['kl']:.3g} is above kl_limit {config.kl_limit:.3g}: raise beta"
         logger.warning("step %d: stopped, %s", step + 1, reason)
