@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from labkit import logprobs, models
-from labkit.batching import Batch, Example, pack
+from labkit.batching import Batch, Example, join, pack
 from labkit.generate import Prompt, encode_prompts, eos_ids, sample, texts
 from labkit.templates import Row
 
@@ -194,12 +193,11 @@ def rollout(
     contents, rows = [prompt.content for prompt in own], [prompt.row for prompt in own]
     rewards = on_all_ranks(lambda: compute_rewards(reward, contents, responses, rows))
     times.append(time.perf_counter())
-    examples, scored = [], []
-    for prompt, reply in zip(own, replies, strict=True):
-        mask: np.ndarray = np.repeat([0, 1], [len(prompt.ids), len(reply)])
-        examples.append(Example(np.array(prompt.ids + reply), mask))
-    for start, end in pairwise(np.cumsum([0, *map(len, shards)]).tolist()):
-        batch = policy.pack(examples[start:end])
+    both = zip(own, replies, strict=True)
+    examples = [join(prompt.ids, reply, len(prompt.ids) + limit, None) for prompt, reply in both]
+    scored, rest = [], iter(examples)
+    for shard in shards:
+        batch = policy.pack([next(rest) for _ in shard])
         scored.append(batch.in_order(policy.score(batch, config.temperature)))
     lengths = [len(reply) for reply in replies]  # one synchronization with the device
     scores = [score.numpy() for score in torch.cat(scored).cpu().split(lengths)]
