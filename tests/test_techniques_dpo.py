@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same, randomize
 from torch.nn.functional import logsigmoid
 
 from labkit import logprobs, training
@@ -14,10 +15,6 @@ from labkit.techniques import dpo, lora
 from labkit.techniques.dpo import DPOConfig
 
 TRL_NAMES = {"dpo": "sigmoid", "ipo": "ipo", "dpo_norm": "sigmoid_norm"}
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("variant", ["dpo", "dpo_norm"])
@@ -67,54 +64,30 @@ def test_loss_rewards_and_every_gradient_are_trls(
     known, moved = dpo.with_reference(pairs, base), tiny_model(arch, seed=1)
     if tuned == "lora":
         moved = lora.attach(base, lora.LoraConfig(rank=4))
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        loss_type=TRL_NAMES[variant],
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        gradient_checkpointing=False,
-    )
-    trainer = trl.DPOTrainer(
-        moved,
-        None if tuned == "lora" else base,
-        arguments,
-        train_dataset=Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}),
-        processing_class=tiny_tokenizer,
-    )
+    options = dict(use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    options |= dict(beta=0.3, loss_type=TRL_NAMES[variant])
+    data = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    given = dict(train_dataset=data, processing_class=tiny_tokenizer)
+    reference = None if tuned == "lora" else base
+    trainer = trl.DPOTrainer(moved, reference, trl.DPOConfig(str(tmp_path), **options), **given)
     for name, p in moved.named_parameters():
         if "lora_B.default" in name:
             torch.nn.init.normal_(p, std=0.1)
     config = DPOConfig(beta=0.3, variant=variant)
     ours, metrics = dpo.pair_loss(moved, pack_pairs(known), config)
-    ours.backward()
-    found = gradients(moved)
-    moved.zero_grad()
-    inputs = trainer.data_collator(
-        [
-            {
-                "prompt_ids": pair.chosen.ids[pair.chosen.mask == 0].tolist(),
-                "chosen_ids": pair.chosen.ids[pair.chosen.mask == 1].tolist(),
-                "rejected_ids": pair.rejected.ids[pair.rejected.mask == 1].tolist(),
-            }
-            for pair in pairs
-        ]
-    )
-    theirs = trainer._compute_loss(moved, inputs, False)
-    theirs.backward()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    inputs = []
+    for pair in pairs:
+        ids = {"prompt_ids": pair.chosen.ids[pair.chosen.mask == 0].tolist()}
+        ids["chosen_ids"] = pair.chosen.ids[pair.chosen.mask == 1].tolist()
+        ids["rejected_ids"] = pair.rejected.ids[pair.rejected.mask == 1].tolist()
+        inputs.append(ids)
+    assert_same(moved, ours, trainer._compute_loss(moved, trainer.data_collator(inputs), False))
     seen = {name: values[-1] for name, values in max(trainer._metrics.values(), key=len).items()}
     names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected"}
     names |= {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
     names |= {"logp_chosen": "logps/chosen", "logp_rejected": "logps/rejected"}
     for name, theirs_name in names.items():
         assert metrics[name].item() == pytest.approx(seen[theirs_name], rel=1e-4, abs=1e-5), name
-    expected = gradients(moved)
-    assert found.keys() == expected.keys()
-    scale = max(g.abs().max() for g in expected.values())
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tuned", ["full", "lora", "adapter that trained"])
@@ -124,9 +97,7 @@ def test_training_starts_at_log_2_and_learns(tiny_model, make_pairs, tuned):
     if tuned != "full":
         model = lora.attach(model, lora.LoraConfig(rank=4))
     if tuned == "adapter that trained":
-        with torch.no_grad():
-            for p in (p for p in model.parameters() if p.requires_grad):
-                p.normal_(std=0.2)
+        randomize(model, std=0.2)
     pairs = dpo.with_reference(make_pairs(12), model)
     config = DPOConfig(max_steps=20, batch_size=12, learning_rate=3e-3, warmup_ratio=0.0)
     loss = partial(dpo.pair_loss, config=config)
@@ -140,11 +111,9 @@ def test_the_reference_is_kept_for_this_model_and_these_pairs(
 ):
     model, pairs = tiny_model(), make_pairs()
     known = dpo.with_reference(pairs, model, tmp_path)
-    calls = []
-    forward = logprobs.response_logps
-    monkeypatch.setattr(
-        logprobs, "response_logps", lambda *a, **k: calls.append(1) or forward(*a, **k)
-    )
+    calls, forward = [], logprobs.response_logps
+    counted = lambda *a, **k: calls.append(1) or forward(*a, **k)  # noqa: E731
+    monkeypatch.setattr(logprobs, "response_logps", counted)
     again = dpo.with_reference(pairs, model, tmp_path)
     assert not calls
     for one, other in zip(known, again, strict=True):
@@ -162,14 +131,8 @@ def test_a_reference_is_needed(tiny_model, make_pairs):
     dpo.pair_loss(tiny_model(), pack_pairs(make_pairs()), DPOConfig(variant="simpo"))
 
 
-ROWS = [
-    {
-        "prompt": f"What is {n} plus one?",
-        "chosen": f"It is {n + 1}.",
-        "rejected": "Bread " * (n % 3 + 1),
-    }
-    for n in range(12)
-]
+ANSWERS = {n: {"chosen": f"It is {n + 1}.", "rejected": "Bread " * (n % 3 + 1)} for n in range(12)}
+ROWS = [{"prompt": f"What is {n} plus one?"} | both for n, both in ANSWERS.items()]
 
 
 def weights(model):
@@ -186,10 +149,8 @@ def test_a_killed_run_goes_on_with_the_same_reference(tiny_model, tiny_tokenizer
 
     def run(model, place, **options):
         config = DPOConfig(batch_size=4, epochs=2, learning_rate=1e-3, save_steps=4, **options)
-        done = dpo.train(
-            model, tiny_tokenizer, ROWS, config, output_dir=tmp_path / place, progress=False
-        )
-        return done.history, weights(model)
+        given = dict(output_dir=tmp_path / place, progress=False)
+        return dpo.train(model, tiny_tokenizer, ROWS, config, **given).history, weights(model)
 
     torch.manual_seed(0)
     first = start()
@@ -207,14 +168,7 @@ def test_a_killed_run_goes_on_with_the_same_reference(tiny_model, tiny_tokenizer
 def test_held_out_rows_have_their_own_reference(tiny_model, tiny_tokenizer, tmp_path):
     model = tiny_model()
     config = DPOConfig(max_steps=1, batch_size=4, learning_rate=1e-12)
-    result = dpo.train(
-        model,
-        tiny_tokenizer,
-        ROWS[:8],
-        config,
-        eval_rows=ROWS[8:],
-        output_dir=tmp_path,
-        progress=False,
-    )
+    options = dict(eval_rows=ROWS[8:], output_dir=tmp_path, progress=False)
+    result = dpo.train(model, tiny_tokenizer, ROWS[:8], config, **options)
     assert result.eval_loss == pytest.approx(math.log(2), abs=1e-5)
     assert len([*tmp_path.glob("reference-*.safetensors")]) == 2

@@ -14,7 +14,7 @@ second model is held. Left out: other divergences, other losses of more than two
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,7 +97,7 @@ def pair_loss(
 
 
 def with_reference(
-    pairs: Sequence[Pair], model: Any, folder: str | Path | None = None, batch_size: int = 32
+    pairs: Sequence[Pair], model: Any, folder: str | Path | None = None
 ) -> list[Pair]:
     """The pairs with their log-probabilities under `model` as it is now, in eval mode.
 
@@ -110,7 +110,7 @@ def with_reference(
     if file is not None and file.is_file():
         known = load_file(file)["logps"]
     else:
-        known = _reference(pairs, model, batch_size)
+        known = _reference(pairs, model)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"logps": known}, file)
@@ -118,7 +118,7 @@ def with_reference(
 
 
 @torch.no_grad()
-def _reference(pairs: Sequence[Pair], model: Any, batch_size: int) -> np.ndarray:
+def _reference(pairs: Sequence[Pair], model: Any, batch_size: int = 32) -> np.ndarray:
     device = next(model.parameters()).device
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen.ids))
     known: np.ndarray = np.zeros((len(pairs), 2), dtype=np.float32)
@@ -147,14 +147,13 @@ def train(
     *,
     eval_rows: Sequence[Row] | None = None,
     output_dir: str | Path | None = None,
-    log: Callable[[dict, int], Any] | None = None,
-    **shown: Any,
+    **options: Any,
 ) -> training.TrainResult:
     """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
 
     The reference is `model` as it comes; its log-probabilities of `rows` and `eval_rows` are kept
     in `output_dir`, and taken from there, or from where a run is resumed. There is no dropout.
-    The rest, `shown` (`progress`, `label`, `again`) and what is raised, is as in `encode_pairs` and
+    What is raised and `options` (`log`, `progress`, `label`, `again`) are as in `encode_pairs` and
     `training.fit`.
     """
     config = config or DPOConfig()
@@ -166,6 +165,5 @@ def train(
         return pairs if config.variant == "simpo" else with_reference(pairs, model, folder)
 
     pairs, held = encoded(rows), None if eval_rows is None else encoded(eval_rows)
-    options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
-    options |= dict(collate=pack_pairs, dropout=False) | shown
+    options |= dict(eval_examples=held, output_dir=output_dir, collate=pack_pairs, dropout=False)
     return training.fit(model, pairs, partial(pair_loss, config=config), config, **options)
