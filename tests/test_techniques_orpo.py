@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import assert_same
 
 from labkit.pairs import pack_pairs
 from labkit.techniques import lora, orpo
 from labkit.techniques.orpo import ORPOConfig
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("p", [1e-30, 0.01, 0.3, 0.49, 0.51, 0.9, 1 - 1e-6])
@@ -66,29 +63,14 @@ def test_loss_and_every_gradient_are_trls(
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1)
-    arguments = library.ORPOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        gradient_checkpointing=False,
-        remove_unused_columns=False,
-    )
+    options = dict(use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    arguments = library.ORPOConfig(str(tmp_path), beta=0.3, remove_unused_columns=False, **options)
     rows = {"prompt": ["What is two?"], "chosen": [" It is two."], "rejected": [" No."]}
-    trainer = library.ORPOTrainer(
-        model,
-        arguments,
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tiny_tokenizer,
-    )
+    given = dict(train_dataset=Dataset.from_dict(rows), processing_class=tiny_tokenizer)
+    trainer = library.ORPOTrainer(model, arguments, **given)
     for pair in make_pairs(3, seed=length):
-        model.zero_grad()
         batch = pack_pairs([pair], learn_prompts=True)
         ours, metrics = orpo.pair_loss(model, batch, ORPOConfig(lam=0.3))
-        ours.backward()
-        found = gradients(model)
-        model.zero_grad()
         inputs = {}
         for side, example in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             ids = torch.tensor(example.ids)[None]
@@ -96,26 +78,19 @@ def test_loss_and_every_gradient_are_trls(
             inputs |= {f"{side}_input_ids": ids, f"{side}_labels": labels}
             inputs |= {f"{side}_attention_mask": torch.ones_like(ids)}
         theirs, seen = trainer.get_batch_loss_metrics(model, inputs)
-        theirs.backward()
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        assert_same(model, ours, theirs)
         names = {"nll": "nll_loss", "log_odds_ratio": "log_odds_chosen"}
         names |= {"accuracy": "rewards/accuracies", "logp_chosen": "logps/chosen"}
         for name, theirs_name in names.items():
             assert metrics[name].item() == pytest.approx(seen[theirs_name], rel=1e-4, abs=1e-5)
-        expected = gradients(model)
-        assert found.keys() == expected.keys()
-        scale = max(g.abs().max() for g in expected.values())
-        for name, gradient in found.items():
-            torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("nll", ["response", "all"])
 def test_it_learns_what_is_chosen(tiny_model, tiny_tokenizer, nll):
     rows = [{"prompt": f"{n}?", "chosen": f"It is {n}.", "rejected": "Bread."} for n in range(8)]
     config = ORPOConfig(max_steps=20, batch_size=8, learning_rate=3e-3, nll=nll, lam=1.0)
-    result = orpo.train(
-        tiny_model(), tiny_tokenizer, rows, config, eval_rows=rows[:4], progress=False
-    )
+    options = dict(eval_rows=rows[:4], progress=False)
+    result = orpo.train(tiny_model(), tiny_tokenizer, rows, config, **options)
     first, last = result.history[0], result.history[-1]
     assert last["nll"] < first["nll"] / 2 and last["accuracy"] == 1
     assert last["log_odds_ratio"] > first["log_odds_ratio"] and result.eval_loss < first["loss"]

@@ -11,9 +11,8 @@ Left out: lengths other than the mean, schedules of lambda.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -91,21 +90,18 @@ def train(
     config: ORPOConfig | None = None,
     *,
     eval_rows: Sequence[Row] | None = None,
-    output_dir: str | Path | None = None,
-    log: Callable[[dict, int], Any] | None = None,
-    **shown: Any,
+    **options: Any,
 ) -> training.TrainResult:
     """Trains `model` in place on rows with `chosen` and `rejected`, or `responses` and `ranks`.
 
-    There is no dropout. What is raised, `shown` (`progress`, `label`, `again`) and the rest, is as
-    in `encode_pairs` and `training.fit`.
+    There is no dropout. What is raised and `options` (`output_dir`, `log`, `progress`, `label`,
+    `again`) are as in `encode_pairs` and `training.fit`.
     """
     config = config or ORPOConfig()
     limit = models.fitting(model, config.max_length)
     encode = partial(encode_pairs, max_length=limit, template=config.template)
     held = None if eval_rows is None else encode(eval_rows, tokenizer)
     collate = partial(pack_pairs, learn_prompts=config.nll == "all")
-    options: dict[str, Any] = dict(eval_examples=held, output_dir=output_dir, log=log)
-    options |= dict(collate=collate, dropout=False) | shown
+    options |= dict(eval_examples=held, collate=collate, dropout=False)
     loss = partial(pair_loss, config=config)
     return training.fit(model, encode(rows, tokenizer), loss, config, **options)
