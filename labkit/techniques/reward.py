@@ -16,7 +16,7 @@ import copy
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -283,16 +283,13 @@ def train(
     tokenizer: Any,
     rows: Sequence[Row],
     config: RewardConfig | None = None,
-    *,
-    output_dir: str | Path | None = None,
-    log: Callable[[dict, int], Any] | None = None,
-    **shown: Any,
+    **options: Any,
 ) -> tuple[RewardModel, training.TrainResult]:
     """Learns from rankings (`prompt`, `responses`, `ranks`) or pairs (`chosen`, `rejected`).
 
     `model` is a tuned causal model, of which a copy is trained, or a network with a reward head
-    (`with_head`), trained in place. The rest, `shown` (`progress`, `label`, `again`) and what is
-    raised, is as in `training.fit`.
+    (`with_head`), trained in place. What is raised and `options` (`output_dir`, `log`, `progress`,
+    `label`, `again`) are as in `training.fit`.
     """
     config = config or RewardConfig()
     rendered = check(rows, tokenizer, config.template)
@@ -302,6 +299,5 @@ def train(
     if config.pairs == "one":
         draw = random.Random(config.seed)
         rendered = [[r[i] for i in sorted(draw.sample(range(len(r)), 2))] for r in rendered]
-    examples = reward._rankings(rendered)
-    options: dict[str, Any] = dict(output_dir=output_dir, log=log, collate=pack_rankings) | shown
+    examples, options = reward._rankings(rendered), options | {"collate": pack_rankings}
     return reward, training.fit(scorer, examples, ranking_loss, config, **options)
