@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 
 from labkit import models
 from labkit.techniques import critic_free, lora
@@ -47,36 +48,6 @@ def test_the_leave_one_out_baseline_leaves_the_gradient_unbiased():
 
 
 @pytest.mark.parametrize("method", critic_free.METHODS)
-def test_the_library_has_the_same_advantages(tiny_folder, monkeypatch, method):
-    """What TRL's trainer computes from the rewards that it was given, without a KL penalty."""
-    import trl
-
-    model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
-    trainer, met = getattr(trl, f"{method.upper()}Trainer"), []
-    real = trainer._generate_and_score_completions
-
-    def spy(self, inputs):
-        found = real(self, inputs)
-        met.append(found["advantages"].detach().cpu())
-        return found
-
-    monkeypatch.setattr(trainer, "_generate_and_score_completions", spy)
-    given = []
-
-    def reward(prompts, responses):
-        given.append([float(len(r) % 7) + i / 10 for i, r in enumerate(responses)])
-        return given[-1]
-
-    config = CriticFreeConfig(method, **{**SMALL, "steps": 1}, beta=0.0, missing_end_penalty=0.0)
-    critic_free.train(model, tokenizer, PROMPTS, reward, config)
-    advantages = getattr(critic_free, f"{method}_advantages")
-    expected = advantages(torch.tensor(given[0]).view(-1, 4)).flatten()
-    torch.testing.assert_close(
-        met[0].float().sort().values, expected.sort().values, atol=1e-4, rtol=1e-4
-    )
-
-
-@pytest.mark.parametrize("method", critic_free.METHODS)
 def test_it_learns_what_is_rewarded(tiny_folder, method):
     """Rewarded is each letter e; rows reach a reward that asks for them."""
     model, tokenizer = models.load(str(tiny_folder()), dtype="float32")
@@ -99,25 +70,26 @@ def nothing(prompts, responses):
 
 
 @pytest.mark.parametrize("method", critic_free.METHODS)
-def test_a_missing_end_is_paid_for(tiny_model, tiny_tokenizer, monkeypatch, method):
-    """Without another reward, advantages are those of minus the penalty, which is not recorded."""
-    import trl
+def test_the_library_has_the_same_advantages(tiny_model, tiny_tokenizer, monkeypatch, method):
+    """Without a KL penalty: of rewards less what a missing EOS costs, which is not recorded."""
+    trainer, met, given = getattr(trl, f"{method.upper()}Trainer"), [], []
+    name, real = "_generate_and_score_completions", trainer._generate_and_score_completions
+    spy = lambda self, inputs: met.append(real(self, inputs)) or met[-1]  # noqa: E731
+    monkeypatch.setattr(trainer, name, spy)
 
-    trainer, met = getattr(trl, f"{method.upper()}Trainer"), []
-    real = trainer._generate_and_score_completions
-    monkeypatch.setattr(
-        trainer,
-        "_generate_and_score_completions",
-        lambda self, inputs: met.append(real(self, inputs)) or met[-1],
-    )
+    def reward(prompts, responses):
+        given.extend(float(len(r) % 7) + i / 10 for i, r in enumerate(responses))
+        return given
+
     sizes = dict(SMALL, steps=1, batch_size=32, minibatch_size=16, max_new_tokens=24)
     config = CriticFreeConfig(method, **sizes, beta=0.0, missing_end_penalty=2.0)
-    entry = critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, nothing, config)[0]
+    entry = critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, reward, config)[0]
     ended = (met[0]["completion_ids"] == tiny_tokenizer.eos_token_id).any(1).float()
     assert entry["end_rate"] == pytest.approx(ended.mean().item()) and 0 < ended.mean() < 1
-    expected = getattr(critic_free, f"{method}_advantages")(-2 * (1 - ended).view(-1, 4))
-    torch.testing.assert_close(met[0]["advantages"], expected.flatten(), atol=1e-5, rtol=1e-5)
-    assert entry["reward"] == 0
+    assert entry["reward"] == pytest.approx(sum(given) / 32)
+    rewards = (torch.tensor(given) - 2 * (1 - ended)).view(-1, 4)
+    expected = getattr(critic_free, f"{method}_advantages")(rewards)
+    torch.testing.assert_close(met[0]["advantages"], expected.flatten(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [dict(minibatch_size=4), dict(minibatch_size=8)])
@@ -194,12 +166,9 @@ def test_the_reference_is_the_model_as_it_comes(
 
 def test_a_response_ends_where_the_template_ends_it(tiny_model, tiny_tokenizer, monkeypatch):
     """Also where the tokenizer's EOS is another token, as in base models with a chat template."""
-    import trl
-
     given, real = [], trl.RLOOTrainer.__init__
-    monkeypatch.setattr(
-        trl.RLOOTrainer, "__init__", lambda self, *a, **k: given.append(real(self, *a, **k) or self)
-    )
+    keep = lambda self, *a, **k: given.append(real(self, *a, **k) or self)  # noqa: E731
+    monkeypatch.setattr(trl.RLOOTrainer, "__init__", keep)
     template = tiny_tokenizer.chat_template.replace("eos_token", "'<|system|>'")
     tiny_tokenizer.chat_template = template
     config = CriticFreeConfig(**{**SIZES, "steps": 1})
@@ -213,9 +182,7 @@ def test_refusals(tiny_model, tiny_tokenizer):
             CriticFreeConfig(**{**SMALL, **wrong})
     config, frozen = CriticFreeConfig(**SMALL), tiny_model().requires_grad_(False)
     failing = lambda prompts, responses: [float("nan")] * 8  # noqa: E731
-    for model, reward, named in (
-        (tiny_model(), failing, "prompt '.*', response"),
-        (frozen, nothing, "frozen"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            critic_free.train(model, tiny_tokenizer, PROMPTS, reward, config)
+    with pytest.raises(ValueError, match="prompt '.*', response"):
+        critic_free.train(tiny_model(), tiny_tokenizer, PROMPTS, failing, config)
+    with pytest.raises(ValueError, match="frozen"):
+        critic_free.train(frozen, tiny_tokenizer, PROMPTS, nothing, config)

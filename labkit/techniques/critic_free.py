@@ -136,20 +136,16 @@ def train(
         generate = run._generate_and_score_completions
 
         def generate_and_note_kl(inputs: Any) -> Any:
-            found = generate(inputs)
-            if config.beta:
-                kl = _k1_of_grpo(run, found) if config.method == "grpo" else _k1_of_rloo(run)
-                history[-1]["kl"] = kl
+            found, noted = generate(inputs), run._metrics["train"]
+            if config.beta and config.method == "grpo":
+                history[-1]["kl"] = _k1_of_grpo(run, found)
+            elif config.beta:  # TRL's is a mean over tokens
+                history[-1]["kl"] = noted["kl"][-1] * noted["completions/mean_length"][-1]
             return found
 
         run._generate_and_score_completions = generate_and_note_kl
         run.train()
     return history
-
-
-def _k1_of_rloo(run: Any) -> float:
-    """What TRL has just noted is a mean over tokens."""
-    return run._metrics["train"]["kl"][-1] * run._metrics["train"]["completions/mean_length"][-1]
 
 
 @torch.no_grad()
