@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from helpers import IDS, logits, randomize
 from torch import nn
 
 from labkit import data, models, training
@@ -11,22 +12,7 @@ from labkit.techniques import lora, qlora
 from labkit.techniques.lora import LoraConfig
 from labkit.techniques.qlora import Linear4, QloraConfig
 
-IDS = torch.arange(5, 29).reshape(2, 12)
 CONFIG = QloraConfig(LoraConfig(rank=4, alpha=12))
-
-
-def randomize(model):
-    """Adapters as after training: B is no longer zero."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 def bnb_layers(model):
@@ -136,15 +122,10 @@ def test_injected_equals_attached(tiny_model, arch):
 def by_transformers(folder):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
-    )
+    kind = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **kind)
+    options = dict(quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def test_weights_are_never_packed_anew(tiny_model, tiny_folder, monkeypatch):
@@ -165,9 +146,8 @@ def test_training_keeps_adapters_in_float32(tiny_model, tiny_tokenizer):
     model, other = attached_and_reference(tiny_model)
     assert not hasattr(model, "is_loaded_in_4bit")
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
-    settings = training.TrainConfig(
-        learning_rate=1e-2, max_steps=3, batch_size=4, precision="fp32", optimizer="sgd"
-    )
+    size = dict(max_steps=3, batch_size=4)
+    settings = training.TrainConfig(1e-2, precision="fp32", optimizer="sgd", **size)
     for network in (model, other):
         training.fit(network, encoded, training.sft_loss, settings, progress=False)
     for name, parameter in adapters(model).items():

@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,9 +29,6 @@ from labkit.techniques.lora import LoraConfig
 
 log = logging.getLogger("labkit")
 
-BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
-BLOCK_SIZES = get_args(BlockSize)
-
 
 @settings
 class QloraConfig:
@@ -39,7 +36,7 @@ class QloraConfig:
 
     lora: LoraConfig = LoraConfig()
     data_type: Literal["nf4", "fp4", "int4"] = "nf4"
-    block_size: BlockSize = 64
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     double_quantization: bool = True
 
 
