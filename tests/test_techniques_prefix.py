@@ -3,22 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from helpers import IDS, LLAMA_2_7B, logits
 
 from labkit import models, training
 from labkit.batching import Example
 from labkit.techniques import prefix
 from labkit.techniques.prefix import Prefix, PrefixConfig, Shape
 
-IDS = torch.arange(5, 29).reshape(2, 12)
 TEXT = torch.tensor([40, 41, 42, 43, 44])
 PLAIN, MADE = PrefixConfig(length=5), PrefixConfig(length=5, hidden=24)
-LLAMA_2_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008)
 both = pytest.mark.parametrize("config", [PLAIN, MADE], ids=["plain", "made"])
-
-
-@torch.no_grad()
-def logits(model, ids=IDS, **inputs):
-    return model(input_ids=ids, **inputs).logits
 
 
 def read_before(model, ids):
