@@ -47,13 +47,9 @@ def test_counts_of_llama_2_7b():
 def test_merging_changes_nothing_but_the_weights(tiny_model, arch):
     model = randomize(lora.inject(tiny_model(arch), LoraConfig()))
     separate = logits(model)
-    origin = {n: p.clone() for n, p in model.named_parameters()}
     assert (separate - logits(tiny_model(arch))).abs().max() > 1e-2
     lora.merge(lora.merge(model))  # the second changes nothing
     torch.testing.assert_close(logits(model), separate, atol=1e-4, rtol=1e-4)
-    lora.unmerge(lora.unmerge(model))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, origin[name], atol=1e-6, rtol=0)
 
 
 def test_an_adapter_that_is_not_finite_is_not_merged(tiny_model):
@@ -77,7 +73,7 @@ def test_loading_another_adapter(tiny_model):
     for wrong in (narrow, dict(list(first.items())[1:])):
         with pytest.raises(ValueError, match="state"):
             lora.load_lora_state(model, wrong)
-    with pytest.raises(ValueError, match="unmerge"):
+    with pytest.raises(ValueError, match="merged"):
         lora.load_lora_state(lora.merge(model), first)
 
 

@@ -134,27 +134,22 @@ def _wrapped(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, sign: int = 1) -> nn.Module:
+def merge(model: nn.Module) -> nn.Module:
     """Adds each update to its weight, W = W0 + scale · B A, so inference costs nothing more.
 
     Raises ValueError, with nothing merged, for a sum of inf or NaN: it could not be undone.
     """
-    layers = {n: layer for n, layer in _wrapped(model).items() if layer.merged != (sign == 1)}
+    layers = {name: layer for name, layer in _wrapped(model).items() if not layer.merged}
     for write in (False, True):
         for name, layer in layers.items():
             weight = layer.base.get_parameter("weight")  # a quantized layer has none
-            total = torch.add(weight, layer.delta().to(weight.dtype), alpha=sign)
+            total = weight + layer.delta().to(weight.dtype)
             if write:
                 weight.copy_(total)
-                layer.merged = sign == 1
+                layer.merged = True
             elif not total.isfinite().all():
                 raise ValueError(f"model: expected finite weights and adapters, not so in {name}")
     return model
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Takes the updates out again; W0 comes back up to rounding."""
-    return merge(model, sign=-1)
 
 
 def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -166,7 +161,7 @@ def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_lora_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copies an adapter into `model`. Raises ValueError unless names and shapes all fit."""
     if any(layer.merged for layer in _wrapped(model).values()):
-        raise ValueError("model: expected separate updates, got merged ones; call unmerge first")
+        raise ValueError("model: expected separate updates, got merged ones; load it again")
     expected, got = ({n: t.shape for n, t in s.items()} for s in (lora_state(model), state))
     if wrong := expected.items() ^ got.items():
         raise ValueError(f"state: names or shapes do not fit the model: {min(wrong)}")
