@@ -156,16 +156,13 @@ def test_training_keeps_adapters_in_float32(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("use", [qlora.attach, qlora.inject])
-def test_merged_is_the_same_model_and_a_plain_one(tiny_model, tiny_tokenizer, tmp_path, arch, use):
+def test_merged_is_the_same_model_and_a_plain_one(tiny_model, arch, use):
     tuned = randomize(use(tiny_model(arch), CONFIG)).eval()
     separate = logits(tuned)
     merged = qlora.merge(tuned)
     torch.testing.assert_close(logits(merged), separate, atol=1e-4, rtol=1e-4)
     assert not hasattr(merged, "peft_config") and not bnb_layers(merged)
     assert not any(isinstance(module, Linear4) for module in merged.modules())
-    if use is qlora.attach:
-        folder = models.save(merged, tiny_tokenizer, tmp_path / "merged")
-        assert torch.equal(logits(models.load(folder, device="cpu")[0]), logits(merged))
 
 
 def test_a_merge_that_is_not_finite_is_refused(tiny_model):
