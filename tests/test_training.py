@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_same, example
 
+from labkit import training
 from labkit.batching import Example, Shuffled, pack
 from labkit.logprobs import keeps_apart
 from labkit.training import TrainConfig, fit, mean_loss, sft_loss
@@ -294,6 +295,16 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tiny_model, tmp_path):
         sft(model, copies(40), **settings)
     with pytest.raises(FileNotFoundError, match="resume"):
         sft(model, copies(40), resume=str(tmp_path / "none"), **settings)
+
+
+def test_a_run_that_was_refused_does_not_count_as_trained(tiny_model, tmp_path, monkeypatch):
+    model, cells = tiny_model(), iter(range(3))
+    monkeypatch.setattr(training, "cell", lambda: next(cells))
+    with pytest.raises(FileNotFoundError):
+        sft(model, copies(8), max_steps=1, resume=str(tmp_path))
+    assert sft(model, copies(8), max_steps=1).steps == 1
+    with pytest.raises(ValueError, match="trained already"):
+        sft(model, copies(8), max_steps=1)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_model, tmp_path):
