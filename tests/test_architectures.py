@@ -59,6 +59,13 @@ REFUSED |= {(arch, "reward"): "no reward head" for arch in ("cohere", "granite",
 CONFIG = training.TrainConfig(max_steps=2, batch_size=3, learning_rate=1e-2, precision="fp32")
 LORA = lora.LoraConfig(rank=4)
 QLORA = qlora.QloraConfig(LORA, block_size=32)
+ATTACH = {
+    "full": (full, full.FullConfig()),
+    "lora": (lora, LORA),
+    "qlora": (qlora, QLORA),
+    "prefix": (prefix, prefix.PrefixConfig(length=4)),
+    "adapter": (adapter, adapter.AdapterConfig(bottleneck=4)),
+}
 ROWS = [
     {"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}.", "rejected": "Bread."}
     for n in range(6)
@@ -77,15 +84,8 @@ def build(arch):
 
 
 def attach(technique, model):
-    if technique == "full":
-        return full.attach(model, full.FullConfig())
-    if technique == "lora":
-        return lora.attach(model, LORA)
-    if technique == "qlora":
-        return qlora.attach(model, QLORA)
-    if technique == "prefix":
-        return prefix.attach(model, prefix.PrefixConfig(length=4))
-    return adapter.attach(model, adapter.AdapterConfig(bottleneck=4))
+    module, config = ATTACH[technique]
+    return module.attach(model, config)
 
 
 def load_again(technique, arch, folder):
@@ -103,17 +103,14 @@ def train(technique, model, tokenizer):
         config = reward.RewardConfig(max_steps=2, batch_size=3, precision="fp32")
         trained, result = reward.train(model, tokenizer, rows, config, progress=False)
         return trained, result.history
-    if technique in ("ppo", "rloo"):
-
-        def rewards(prompts, responses):
-            return [float(len(response)) for response in responses]
-
-        sizes = dict(steps=2, batch_size=4, minibatch_size=4, max_new_tokens=4)
-        if technique == "rloo":
-            config = critic_free.CriticFreeConfig(generations=2, **sizes)
-            return model, critic_free.train(model, tokenizer, ROWS, rewards, config)
+    sizes = dict(steps=2, batch_size=4, minibatch_size=4, max_new_tokens=4)
+    lengths = lambda prompts, responses: [*map(len, responses)]  # noqa: E731
+    if technique == "rloo":
+        config = critic_free.CriticFreeConfig(generations=2, **sizes)
+        return model, critic_free.train(model, tokenizer, ROWS, lengths, config)
+    if technique == "ppo":
         config = ppo.PPOConfig(epochs=1, precision="fp32", **sizes)
-        return model, ppo.train(model, tokenizer, ROWS, rewards, config, progress=False).history
+        return model, ppo.train(model, tokenizer, ROWS, lengths, config, progress=False).history
     tuned = attach(technique, model)
     encoded = data.encode(ROWS, tokenizer)
     return tuned, training.fit(tuned, encoded, training.sft_loss, CONFIG, progress=False).history
