@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -149,9 +150,9 @@ def parameter_counts(model: Any) -> Counts:
 
 
 def meta_model(config: Any) -> Any:
-    """A model without memory for its weights: of a configuration, a dict, a folder, file or hub id."""
+    """A model without memory for its weights, of a configuration, dict, folder, file or hub id."""
     if isinstance(config, str | Path):
-        config = transformers.AutoConfig.from_pretrained(Path(config).expanduser())
+        config = transformers.AutoConfig.from_pretrained(os.path.expanduser(config))
     if isinstance(config, dict):
         config = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
@@ -264,8 +265,7 @@ def linear_layers(model: Any, head: bool = False) -> dict[str, Any]:
     """All linear layers (also GPT-2's `Conv1D`) by full name; the output head only with `head`."""
     kinds = torch.nn.Linear | transformers.pytorch_utils.Conv1D
     output = None if head else getattr(model, "get_output_embeddings", lambda: None)()
-    found = ((name, m) for name, m in model.named_modules() if isinstance(m, kinds))
-    return {name: layer for name, layer in found if layer is not output}
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m is not output}
 
 
 def blocks(model: Any) -> dict[str, Any]:
