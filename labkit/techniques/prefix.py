@@ -109,7 +109,7 @@ def text_rows(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     past = model(input_ids=ids[None].to(model.device), use_cache=True).past_key_values
     if (window := min(layer.keys.shape[2] for layer in past.layers)) < len(ids):
         raise ValueError(
-            f"text: expected {window} tokens, the sliding window, or less, got {len(ids)}"
+            f"text: expected at most {window} tokens, the sliding window, got {len(ids)}"
         )
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1)
