@@ -141,20 +141,16 @@ def arch(request):
 def make_pairs():
     """Factory `make_pairs(count=5, seed=0)`: ragged pairs of random tokens, a prompt for two."""
     import numpy as np
+    from helpers import example
 
-    from labkit.batching import Example
     from labkit.pairs import Pair
-
-    def example(prompt, text):
-        ids = np.concatenate([prompt, text, [1]])
-        return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int64))
 
     def make(count=5, seed=0):
         random, pairs = np.random.default_rng(seed), []
         for _ in range(count):
             prompt = random.integers(5, 400, random.integers(1, 9))
             texts = [random.integers(5, 400, random.integers(1, 12)) for _ in range(2)]
-            pairs.append(Pair(*(example(prompt, text) for text in texts)))
+            pairs.append(Pair(*(example([*prompt, *t, 1], len(prompt)) for t in texts)))
         return pairs
 
     return make
