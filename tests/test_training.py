@@ -323,24 +323,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_model, tm
     assert state["global_step"] == 4
 
 
-def test_the_extra_loss_counts_and_is_not_reported(tiny_model):
-    """A penalty on leaving the first weights, strong enough, keeps them."""
-    moved = {}
-    for strength in (0.0, 100.0):
-        model = tiny_model()
-        first = [p.detach().clone() for p in model.parameters()]
-
-        def penalty(m, first=first, strength=strength):
-            pairs = zip(m.parameters(), first, strict=True)
-            return strength * sum(((p - q) ** 2).sum() for p, q in pairs)
-
-        result = sft(model, copies(64), max_steps=20, extra_loss=penalty)
-        pairs = zip(model.parameters(), first, strict=True)
-        moved[strength] = max((p - q).abs().max() for p, q in pairs)
-        assert result.history[0]["loss"] < 10
-    assert moved[100.0] < 0.5 * moved[0.0]
-
-
 def test_bfloat16_is_used_each_time_and_gone_afterwards(tiny_model):
     model, kinds = tiny_model(), []
     handle = model.lm_head.register_forward_hook(lambda m, args, out: kinds.append(out.dtype))
