@@ -373,16 +373,6 @@ def test_calibration_of_known_probabilities():
     assert (certain["predicted"], certain["n"]) == (1.0, 2)
 
 
-def test_a_judge_who_follows_the_scores_is_calibrated():
-    """Preferences drawn with the model's own probabilities: the error is that of sampling only."""
-    draw = np.random.default_rng(0)
-    margins = draw.normal(0, 2, 20_000)
-    won = draw.random(20_000) < 1 / (1 + np.exp(-margins))
-    found = Agreement(np.where(won, margins, -margins).tolist(), rankings=20_000)
-    assert found.calibration_error(bins=10) < 0.01
-    assert Agreement([3 * m for m in found.margins], 20_000).calibration_error(bins=10) > 0.05
-
-
 def test_evaluate_compares_all_pairs(network, tiny_tokenizer):
     model, rows = RewardModel(network(), tiny_tokenizer), [ranking(4), pair(), ranking(6, seed=3)]
     found = reward.evaluate(model, rows)
