@@ -106,7 +106,14 @@ class Plan:
     def _repr_html_(self) -> str:
         sign = {True: "✔ ", False: "✘ ", None: ""}[self.fits]
         said, table = f"{sign}{escape(self.advice)}", Table(self.rows())._repr_html_()
-        return f"<p><b>{said}</b></p><p>{escape(self.title)}</p>{table}"
+        scale, left, bar = 500 / max(self.total, self.device_memory or 0), 0.0, ""
+        for size, colour in zip(self.parts.values(), plots.COLOURS, strict=False):
+            bar += f'<rect x="{left}" width="{size * scale}" height="20" fill="{colour}"/>'
+            left += size * scale
+        if self.device_memory is not None:
+            bar += f'<rect x="{self.device_memory * scale - 2}" width="2" height="24" fill="#888"/>'
+        bar = f'<svg width="500" height="24" role="img" aria-label="parts">{bar}</svg>'
+        return f"<p><b>{said}</b></p>{bar}<p>{escape(self.title)}</p>{table}"
 
     def figure(self) -> Any:
         """The parts on top of each other, and the device's limit as a line."""
