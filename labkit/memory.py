@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import torch
 
-from labkit import models, plots, tinytown
+from labkit import models, plots
 from labkit.show import Table
 from labkit.simulation import OVERHEAD, STATES, WEIGHTS, Setting, depths, simulate
 
@@ -171,8 +171,7 @@ def plan(
     arithmetic where it pays. `device_memory`, in bytes, is by default what is free here. Raises
     ValueError for settings that cannot work, OSError for a configuration that cannot be read.
     """
-    config = tinytown.base_folder() if model == "tinytown" else getattr(model, "config", model)
-    network = models.meta_model(config)
+    network = models.meta_model(getattr(model, "config", model))
     config, count = network.config, models.parameter_counts(network).total
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
     name = model if isinstance(model, str) else config.name_or_path or config.model_type
@@ -331,6 +330,8 @@ def check_fits(name: str, values: Mapping[str, Any]) -> None:
         return
     try:
         plans = plan_notebook(name, values)
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(f"{name}: not planned ({error}); --force runs it all the same") from error
     for found in plans:

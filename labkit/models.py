@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -25,6 +24,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from labkit import templates
+from labkit.files import model_place
 from labkit.state import snapshot
 from labkit.state import unchanged as unchanged
 
@@ -57,11 +57,7 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     device = find_device(device)
-    base = Path(__file__).parent / "tinytown" / "base"
-    place = base if model == "tinytown" else Path(model).expanduser()
-    if place.is_dir() and not (place / "config.json").is_file():
-        raise FileNotFoundError(f"model: {place} has no config.json (adapters: see load_adapter)")
-    name, revision = str(place) if place.exists() else model, revision or "main"
+    name, revision = model_place(model), revision or "main"
     options = {"use_safetensors": True, "output_loading_info": True}
     options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -150,9 +146,9 @@ def parameter_counts(model: Any) -> Counts:
 
 
 def meta_model(config: Any) -> Any:
-    """A model without memory for its weights, of a configuration, dict, folder, file or hub id."""
+    """A model without memory for its weights, of a configuration or dict, or by its `load` name."""
     if isinstance(config, str | Path):
-        config = transformers.AutoConfig.from_pretrained(os.path.expanduser(config))
+        config = transformers.AutoConfig.from_pretrained(model_place(config))
     if isinstance(config, dict):
         config = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):

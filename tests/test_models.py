@@ -362,6 +362,13 @@ def test_a_named_adapter_can_be_saved_twice_and_loaded(tiny_model, tiny_tokenize
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "no/such/folder"])
+def test_a_path_with_nothing_there_is_no_hub_id(name):
+    for read in (models.load, models.meta_model):
+        with pytest.raises(FileNotFoundError, match="there is no .*folder"):
+            read(name)
+
+
 LOAD = """
 import sys
 from labkit import models
