@@ -247,6 +247,15 @@ def test_pairs_under_any_name(names):
     assert converted({question: "q", answer: says("a")}) == [pair]
 
 
+def test_prompts_alone_have_no_answer_to_learn(tiny_tokenizer):
+    rows = converted({"prompt": "q", "id": 7}) + converted({"prompt": ask("q")})
+    assert rows == [{"prompt": "q", "id": 7}, {"prompt": ask("q")}]
+    with pytest.raises(ValueError, match="completion"):
+        data.encode(rows, tiny_tokenizer)
+    with pytest.raises(ValueError, match="empty"):
+        converted({"prompt": " "})
+
+
 def test_conversations_of_any_names_agree():
     turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Good bye")]
     roles = {"human": "user", "gpt": "assistant"}

@@ -77,6 +77,7 @@ def test_what_cannot_be_run_is_named(tiny_model, make_tokenizer):
         harness.evaluate(model, plain, chat=True)
     found = harness.evaluate(model, plain, ["tinytown_honesty"], limit=2)
     tasks = {row["task"] for row in found}
+    assert {row["task"]: row["n"] for row in found}["tinytown_honesty"] == 4  # of both its parts
     assert tasks == {"tinytown_honesty", "tinytown_strangers", "tinytown_truth"}
     for options in ({"tasks": ()}, {"tasks": "mmlu"}, {"limit": 0}):
         with pytest.raises(ValueError, match="tasks, limit"):

@@ -122,6 +122,9 @@ def test_a_claim_says_what_decides_it_and_how_this_run_differs(tmp_path, monkeyp
     run.claim(5, "c", "h", 1, "holds")  # by which of the two?
     found = ["this run", "recorded sweep rate, 3 seeds", "recorded sweep rate, 3 seeds", None, ""]
     assert [claim.get("source") for claim in read(run)["claims"]] == found
+    for own in ({"model": "mine"}, {"data": "mine.jsonl"}, {"preferences": "mine.jsonl"}):
+        monkeypatch.setattr(sweeps, "this_run", own)
+        assert record.recorded("rate") == {"runs": []}  # Tinytown's say nothing of them
 
 
 def test_what_was_trained_is_recorded_with_its_parents_and_also_if_it_was_not_named(tmp_path):
