@@ -44,6 +44,10 @@ FREE = ("save_steps", "resume", "compile")  # may change when a run is resumed
 SAME_NAME = ("learning_rate", "max_steps", "weight_decay", "max_grad_norm", "seed")
 _trained: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()  # by which cells
 logger = logging.getLogger("labkit")
+# Old checkpoints are found by their numbers, whatever the times of their files.
+logging.getLogger("transformers.trainer_utils").addFilter(
+    lambda record: "mtime may not be reliable" not in record.getMessage()
+)
 Optimizer = Annotated[str, AfterValidator(lambda name: OptimizerNames(name).value)]
 
 
