@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import record, sweeps
+from labkit import models, record, sweeps
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def sweep(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(models, "autocast_dtype", models.autocast_dtype)  # which its import sets
     import sweep
 
     return sweep
