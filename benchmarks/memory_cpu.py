@@ -35,7 +35,8 @@ def points() -> list[dict[str, Any]]:
     names = ("technique", "precision", "size", "gradient_checkpointing", "response_share")
     every = itertools.product(techniques, PRECISIONS, SIZES, (False, True), (1.0, 0.2))
     found = [dict(zip(names, point, strict=True)) for point in every]
-    plain = [p for p in found if p["technique"] not in ("prefix", "ppo") or not p[names[3]]]
+    without = ("prefix", "ppo", "reward")  # gradient checkpointing
+    plain = [p for p in found if p["technique"] not in without or not p[names[3]]]
     return [
         p | {"batch_size": p["size"][0], "sequence_length": p.pop("size")[1]}
         for p in plain

@@ -141,7 +141,7 @@ def _milder(s: Setting, names: Mapping[str, str] | None) -> Iterator[Setting]:
     else:  # the batch of a step stays what it was
         count = s.gradient_accumulation * s.batch_size
         steps = [{"batch_size": n, "gradient_accumulation": count // n} for n in sizes]
-        if s.technique != "prefix":
+        if s.technique not in ("prefix", "reward"):
             steps.insert(1, {"gradient_checkpointing": True})
         if s.technique in ("full", "reward"):
             steps.append({"optimizer": "paged_adamw_8bit" if s.device == "cuda" else "adamw_8bit"})

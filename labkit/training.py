@@ -305,6 +305,9 @@ def _check(model: nn.Module, examples: Sequence[Any], config: TrainConfig) -> bo
     """Raises ValueError for what cannot work; returns whether examples are packed."""
     if config.gradient_checkpointing and logprobs.has_soft_prompt(model):
         raise ValueError("gradient_checkpointing: expected False with a prefix, got True")
+    if config.gradient_checkpointing and not hasattr(model, "activation_checkpointing_enable"):
+        kind = type(model).__name__  # a reward model's stays in eval mode, where there is none
+        raise ValueError(f"gradient_checkpointing: expected False with a {kind}, got True")
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
     context = models.context_length(model) or sys.maxsize

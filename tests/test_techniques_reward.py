@@ -451,3 +451,10 @@ def test_tinytown_rankings_can_be_read(tiny_tokenizer):
         gold = dict(zip(row["responses"], row["scores"], strict=True))
         scores = [gold[text] for text in reward.best_first(row)]
         assert scores == sorted(scores, reverse=True) and 4 <= len(rendered) <= 9
+
+
+def test_gradient_checkpointing_is_refused_by_name(tiny_model, tiny_tokenizer):
+    config = reward.RewardConfig(gradient_checkpointing=True)
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 4
+    with pytest.raises(ValueError, match="gradient_checkpointing: expected False with a Scorer"):
+        reward.train(tiny_model(), tiny_tokenizer, rows, config)
