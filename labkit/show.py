@@ -52,10 +52,9 @@ class Table:
         return [*map(list, zip(*columns, strict=True))]
 
     def _repr_html_(self) -> str:
-        sides = []
-        for name in self.columns:
-            numbers = all(_NUMBER.fullmatch(show(row.get(name, ""))) for row in self.rows)
-            sides.append("right" if numbers and not self.style else "left")
+        cells = self.cells()
+        numbers = (all(map(_NUMBER.fullmatch, column)) for column in zip(*cells, strict=True))
+        sides = ["right" if number and not self.style else "left" for number in numbers]
 
         def line(tag: str, texts: Iterable[str]) -> str:
             cells = ""
@@ -66,7 +65,7 @@ class Table:
                 cells += f'<{tag}{scope} align="{side}" style="{style}">{escape(text)}</{tag}>'
             return f"<tr>{cells}</tr>"
 
-        body = "".join(line("td", row) for row in self.cells())
+        body = "".join(line("td", row) for row in cells)
         head = f"<thead>{line('th', map(str, self.columns))}</thead>"
         return f'<table class="{self.css_class}">{head}<tbody>{body}</tbody></table>'
 
@@ -85,7 +84,7 @@ class SideBySide(Table):
     style = "vertical-align:top;white-space:pre-wrap"
 
     def __init__(self, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-        whole = ([text.rstrip("\ufffd") for text in row] for row in cells)  # no half characters
+        whole = ([text.replace("\ufffd", "") for text in row] for row in cells)  # no half character
         super().__init__([dict(zip(columns, row, strict=True)) for row in whole])
 
     def _repr_html_(self) -> str:
@@ -117,13 +116,12 @@ def samples(rows: list[Row], answers: Mapping[str, Sequence[str]], n: int = 8) -
     right = [not text.startswith("✗") for text in last]
     kinds = {rows[i].get("task", i): i for i in sorted(range(len(rows)), key=lambda i: -right[i])}
     places, half = sorted(kinds.values(), key=right.__getitem__), n // 2
-    cells = []
-    for i in places[:half] + places[half:][half - n :]:
-        family = [rows[i]["task"]] if "task" in rows[i] else []
-        said = (texts[i] for texts in answers.values())
-        cells.append((*family, prompt_text(rows[i]), response(rows[i]), *said))
-    names = ["family"] if cells and len(cells[0]) > 2 + len(answers) else []
-    return SideBySide((*names, "prompt", "expected", *answers), cells)
+    places = places[:half] + places[half:][half - n :]
+    shown = [rows[i] for i in places]
+    columns = {"family": [row["task"] for row in shown]} if "task" in shown[0] else {}
+    columns |= {"prompt": [*map(prompt_text, shown)], "expected": [*map(response, shown)]}
+    columns |= {name: [texts[i] for i in places] for name, texts in answers.items()}
+    return SideBySide([*columns], zip(*columns.values(), strict=True))
 
 
 class MaskView:

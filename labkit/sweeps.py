@@ -19,9 +19,8 @@ def recorded(question: str) -> dict[str, Any]:
 
     Runs of an earlier base are left out, and all where this run's model or data are one's own.
     """
-    if {this_run.get(name, "tinytown") for name in ("model", "data", "preferences")} != {
-        "tinytown"
-    }:
+    used = {this_run.get(name, "tinytown") for name in ("model", "data", "preferences")}
+    if used != {"tinytown"}:
         return {"runs": []}
     file = _FOLDER / f"{question}.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {"runs": []}
