@@ -196,7 +196,8 @@ def _part(sets: Any, split: str) -> tuple[Any, list[int]]:
     if "train" not in sets or split not in ("train", *held_out):
         known = dict.fromkeys(("train", *_HELD_OUT, *sets) if "train" in sets else sets)
         raise ValueError(f"split: expected one of {', '.join(known)}, got {split!r}")
-    order = list(range(count := len(sets["train"])))
+    count = len(sets["train"])
+    order = list(range(count))
     random.Random(0).shuffle(order)
     size = max(1, round(count * 0.05)) if count > len(held_out) else 0
     start = len(held_out) * size if split == "train" else held_out.index(split) * size

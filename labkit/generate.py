@@ -252,6 +252,8 @@ def responses(
     probabilities do.
     """
     encoded = encode_prompts(prompts, model, tokenizer, template, max_new_tokens, "cut")
-    ids, options = [prompt.ids for prompt in encoded for _ in range(each)], (seed, max_new_tokens)
-    found = _sample_texts(model, tokenizer, ids, template, *options, temperature=temperature)
+    ids = [prompt.ids for prompt in encoded for _ in range(each)]
+    found = _sample_texts(
+        model, tokenizer, ids, template, seed, max_new_tokens, temperature=temperature
+    )
     return [found[i : i + each] for i in range(0, len(found), each)]

@@ -91,8 +91,9 @@ def loss_curve(
 
     Each point is the mean of the last `window` entries: single batches are noisy.
     """
+    runs = history if isinstance(history, Mapping) else {"": history}
     series = {}
-    for label, entries in (history if isinstance(history, Mapping) else {"": history}).items():
+    for label, entries in runs.items():
         losses = [entry["loss"] for entry in entries]
         means = [fmean(losses[max(0, i - window) : i]) for i in range(1, len(losses) + 1)]
         series[label] = [entry["step"] for entry in entries], means

@@ -71,7 +71,8 @@ class Ballot:
     def current(self) -> int:
         """The index of the first pair without a vote; the number of pairs when all have one."""
         votes = self._mine()
-        return [*(pair["pair"] in votes for pair in self.pairs), False].index(False)
+        waiting = (i for i, pair in enumerate(self.pairs) if pair["pair"] not in votes)
+        return next(waiting, len(self.pairs))
 
     def vote(self, choice: str) -> None:
         """One of `VOTES` on the current pair, added to the file."""

@@ -186,8 +186,8 @@ def sync(root: Path) -> int:
     if folders:
         login()
         command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"]
-        spoken = os.environ | {"WANDB_SILENT": "false"}
-        if subprocess.run([*command, *map(str, sorted(folders))], env=spoken).returncode:
+        loud = {k: v for k, v in os.environ.items() if k not in ("WANDB_MODE", "WANDB_SILENT")}
+        if subprocess.run([*command, *map(str, sorted(folders))], env=loud).returncode:
             raise OSError("W&B did not take all runs; what it has not got is sent the next time")
         for place in marked:
             (place / UNSENT).unlink()
