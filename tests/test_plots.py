@@ -1,5 +1,8 @@
 """Figures: labelled, small, and true to the numbers they were given."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 
 from labkit import plots
@@ -97,3 +100,28 @@ def test_colours_are_those_made_to_be_told_apart_whatever_colours_one_sees():
 def test_lines_are_told_apart_without_colours():
     found = plots.lines({name: ([1, 2], [3, 4]) for name in "abcdef"}, **LABELS).axes[0].lines
     assert len({str(line._dash_pattern) for line in found}) == 6
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1: linear RGB as such an eye sees it.
+EYES = {
+    "usual": np.eye(3).tolist(),
+    "no red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "no green": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "no blue": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9309, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = np.array([0.9505, 1.0, 1.089])
+
+
+def cielab(colour, eye):
+    """L*, a*, b* of "#rrggbb" (CIE 1976)."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(XYZ @ np.clip(np.array(EYES[eye]) @ linear, 0.01, 1) / WHITE)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eye", EYES)
+def test_colours_are_told_apart_whatever_colours_one_sees(eye):
+    seen = [cielab(colour, eye) for colour in plots.COLOURS]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 20  # 2 is just visible

@@ -458,3 +458,48 @@ def test_gradient_checkpointing_is_refused_by_name(tiny_model, tiny_tokenizer):
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 4
     with pytest.raises(ValueError, match="gradient_checkpointing: expected False with a Scorer"):
         reward.train(tiny_model(), tiny_tokenizer, rows, config)
+
+
+def test_a_judge_who_follows_the_scores_is_calibrated():
+    """Preferences drawn with the model's own probabilities: the error is that of sampling only."""
+    draw = np.random.default_rng(0)
+    margins = draw.normal(0, 2, 20_000)
+    won = draw.random(20_000) < 1 / (1 + np.exp(-margins))
+    found = Agreement(np.where(won, margins, -margins).tolist(), rankings=20_000)
+    assert found.calibration_error(bins=10) < 0.01
+    assert Agreement([3 * m for m in found.margins], 20_000).calibration_error(bins=10) > 0.05
+
+
+def test_accumulated_rankings_weigh_the_same(tiny_model, tiny_tokenizer):
+    """Seven rankings as 4 + 3 or 6 + 1 are one step over seven: losses and weights equal."""
+
+    def run(size, pieces):
+        sizes = dict(batch_size=size, gradient_accumulation=pieces, warmup_ratio=0.0)
+        config = RewardConfig(precision="fp32", **sizes)
+        rows = preferences(7)[:7]
+        model, result = reward.train(tiny_model(), tiny_tokenizer, rows, config, progress=False)
+        return model.network.score.weight.detach(), result.loss
+
+    weight, loss = run(7, 1)
+    for other, value in (run(4, 2), run(6, 2)):
+        torch.testing.assert_close(other, weight, atol=1e-5, rtol=1e-3)
+        assert value == pytest.approx(loss, abs=1e-5)
+
+
+def test_the_language_model_stays_as_it_was(tiny_model, tiny_tokenizer):
+    model = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    config = RewardConfig(batch_size=2)
+    trained, _ = reward.train(model, tiny_tokenizer, preferences(4), config, progress=False)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    kept = trained.network.score.weight.clone()
+    more, _ = reward.train(trained.network, tiny_tokenizer, preferences(4), config, progress=False)
+    assert more.network is trained.network and not torch.equal(more.network.score.weight, kept)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tiny_tokenizer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.base_model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 1"):
+        reward.train(model, tiny_tokenizer, preferences(2), progress=False)
