@@ -35,6 +35,7 @@ class Lab:
             self.errors.append(message.text)
 
     def open(self, name):
+        self.name = name
         self.page.goto(f"{self.address}/{name}.ipynb?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
 
@@ -53,13 +54,17 @@ class Lab:
         self.finish()
 
     def finish(self, seconds=60):
-        """Waits until the kernel has been idle for a second."""
+        """Waits until this page's kernel has been idle for a second.
+
+        Others do not count: one whose page was closed before it answered stays at "starting".
+        """
         server, idle = self.address.removesuffix("/lab/tree"), 0
         for _ in range(4 * seconds):
             time.sleep(0.25)
             with urllib.request.urlopen(f"{server}/api/sessions") as answer:
-                states = {session["kernel"]["execution_state"] for session in json.load(answer)}
-            idle = idle + 1 if states == {"idle"} else 0
+                kernels = {each["path"]: each["kernel"] for each in json.load(answer)}
+            state = kernels.get(f"{self.name}.ipynb", {}).get("execution_state")
+            idle = idle + 1 if state == "idle" else 0
             if idle == 4:
                 return
         raise TimeoutError("the kernel is still busy")
