@@ -166,7 +166,8 @@ class Spread(NamedTuple):
     std: float
 
     def __format__(self, form: str) -> str:
-        return f"{self.mean:{form}} ± {self.std:{form.replace('+', '')}}"
+        std = f"{self.std:{form.replace('+', '')}}"
+        return f"{self.mean:{form}}\u00a0±\u00a0{std}"  # not to be broken across lines
 
 
 def mean_std(values: Sequence[float]) -> Spread:

@@ -14,7 +14,7 @@ from .templates import Row, prompt_text, response
 KEPT: dict[Any, str] = {True: "kept", False: "broken"}
 KEPT |= {"holds": "kept", "does not hold here": "broken"}
 SIGNS = {"holds": "✔", "holds in part": "◐", "does not hold here": "✘"}
-_NUMBER = re.compile(r"[-+−]?[\d,.]*(e[-+]\d+)?%?|nan|inf")
+_NUMBER = re.compile(r"[-+−]?[\d,.]*(e[-+]\d+)?%?(\s±\s[\d,.]+%?)?|nan|inf")
 # Tags that GitHub keeps, colours where they are let through.
 _NO_LOSS = '<span style="opacity:.65">{}</span>'
 _LOSS = '<ins><b style="font-weight:normal;background:#2a63">{}</b></ins>'

@@ -260,6 +260,6 @@ def test_runs_of_a_sweep_are_chosen_by_condition_and_ordered_by_seed():
     assert runs.where(arm=5).of("score") == [5, 7]
     assert runs.where(arm=1).of("score") == [1, 3]  # one has no score
     assert runs.where(arm=5).spread("right") == evaluation.mean_std([0.0, 1.0])
-    assert f"{runs.where(arm=5).spread('score'):+.1f}" == "+6.0 ± 1.4"
+    assert f"{runs.where(arm=5).spread('score'):+.1f}" == "+6.0\u00a0±\u00a01.4"
     with pytest.raises(statistics.StatisticsError):
         runs.where(arm=7).mean("score")
