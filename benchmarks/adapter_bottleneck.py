@@ -53,6 +53,6 @@ def randomize(model: Any) -> None:
 
 
 if __name__ == "__main__":
-    args = sweep.arguments(__doc__, **common.SETTINGS)
+    args = sweep.arguments(__doc__, seeds=5, **common.SETTINGS)
     sweep.over_seeds(common.baseline, [{"stage": "base"}], args)
     sweep.compare_tuned(measure, ("placement", "bottleneck"), LEARNING_RATES, None, args)

@@ -138,7 +138,7 @@ def now(work: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    args = sweep.arguments(__doc__, **common.SETTINGS)
+    args = sweep.arguments(__doc__, seeds=5, **common.SETTINGS)
     base = partial(common.baseline, held_out=HELD_OUT)
     sweep.over_seeds(base, [{"stage": "base"}], args)
     sweep.compare_tuned(measure, ("method",), LEARNING_RATES, None, args)

@@ -38,6 +38,6 @@ def measure(point: sweep.Row) -> sweep.Row:
 
 
 if __name__ == "__main__":
-    args = sweep.arguments(__doc__, **common.SETTINGS)
+    args = sweep.arguments(__doc__, seeds=5, **common.SETTINGS)
     sweep.over_seeds(common.baseline, [{"stage": "base"}], args)
     sweep.compare_tuned(measure, ("kind", "length"), LEARNING_RATES, None, args)

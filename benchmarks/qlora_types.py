@@ -53,7 +53,7 @@ def quantize(model: Any, data_type: str, block_size: int) -> float:
 
 
 if __name__ == "__main__":
-    args = sweep.arguments(__doc__, **common.SETTINGS)
+    args = sweep.arguments(__doc__, seeds=5, **common.SETTINGS)
     sweep.over_seeds(common.baseline, [{"stage": "base"}], args)
     fields = ("data_type", "block_size")
     sweep.compare_tuned(measure, fields, LEARNING_RATES, None, args)

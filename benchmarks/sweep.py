@@ -180,7 +180,7 @@ def best_rates(
     return best
 
 
-def run_all(only: Sequence[str], seeds: int) -> None:
+def run_all(only: Sequence[str], seeds: int | None) -> None:
     """Every sweep that is there, one after the other, into `benchmarks/results`."""
     place = Path(__file__).parent
     scripts = [file for name in only or SWEEPS if (file := place / f"{name}.py").exists()]
@@ -188,9 +188,10 @@ def run_all(only: Sequence[str], seeds: int) -> None:
     sys.exit(any(results))
 
 
-def _run_script(script: Path, seeds: int) -> int:
+def _run_script(script: Path, seeds: int | None) -> int:
     started, file = time.perf_counter(), script.parent / f"results/{script.stem}.json"
-    command = [sys.executable, str(script), "--json", str(file), "--seeds", str(seeds)]
+    command = [sys.executable, str(script), "--json", str(file)]
+    command += ["--seeds", str(seeds)] if seeds else []
     code = subprocess.run(command, check=False).returncode
     minutes, outcome = (time.perf_counter() - started) / 60, f"failed ({code})" if code else "done"
     print(f"== {script.stem}: {outcome}, {minutes:.1f} min, {len(runs_in(file))} runs", flush=True)
@@ -222,6 +223,6 @@ if __name__ == "__main__":
     command.add_argument("recorded", type=Path)
     command = commands.add_parser("all", help="every sweep, into benchmarks/results")
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=SWEEPS)
-    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--seeds", type=int, help="in place of each sweep's own number")
     options = vars(p.parse_args())
     {"compare": compare, "all": run_all}[options.pop("command")](**options)
