@@ -279,6 +279,11 @@ def decide(found: Interval | None, threshold: float = 0.0, at_most: bool = False
     return "holds" if holds else "does not hold here" if fails else "undecided"
 
 
+def within(found: Interval | None, limit: float) -> str:
+    """The verdict on "not further than `limit` from 0", as `decide`."""
+    return together(decide(found, limit, at_most=True), decide(found, -limit))
+
+
 def about(values: Sequence[float], of: float) -> str:
     """The verdict on "about `of`", half to twice, for exact values: "holds in part" if some are."""
     inside = [of / 2 <= value <= 2 * of for value in values]
