@@ -209,6 +209,21 @@ def test_what_an_interval_decides(low, high, at_most, verdict):
     assert evaluation.decide(None, 0.0, at_most) == "not measured here"
 
 
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        ((-2, 2), "holds"),
+        ((1, 2), "holds"),
+        ((-4, 2), "undecided"),
+        ((-4, 4), "undecided"),
+        ((-9, -4), "does not hold here"),
+        ((4, 9), "does not hold here"),
+    ],
+)
+def test_within_a_limit_is_decided_by_both_ends(ends, verdict):
+    assert evaluation.within(evaluation.Interval(0.0, *ends), 3) == verdict
+
+
 def test_the_worst_of_several_verdicts_stands_and_about_is_half_to_twice():
     together, about, fails = evaluation.together, evaluation.about, "does not hold here"
     assert together("holds", "holds") == "holds"
